@@ -1,0 +1,63 @@
+"""dkm-export: train with differentiable k-means, export the palettes, check every artifact.
+
+The public names are loaded on first use, so that ``dkm --help`` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dkm_export.checkpoint import load_checkpoint, save_checkpoint
+    from dkm_export.compress import DkmSettings, finalize, prepare, set_temperature
+    from dkm_export.errors import DkmError, ExitCode, GateFailed, InvalidInput, Unsupported
+    from dkm_export.exporting import export
+    from dkm_export.palette import Layout, Palette
+    from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
+    from dkm_export.spec import CompressionSpec, LayerKind, LayerRule
+    from dkm_export.task import Task
+
+_HOME = {
+    "checkpoint": ("load_checkpoint", "save_checkpoint"),
+    "compress": ("DkmSettings", "finalize", "prepare", "set_temperature"),
+    "errors": ("DkmError", "ExitCode", "GateFailed", "InvalidInput", "Unsupported"),
+    "exporting": ("export",),
+    "palette": ("Layout", "Palette"),
+    "palettized": ("InputSpec", "ModelSource", "PalettizedModel"),
+    "spec": ("CompressionSpec", "LayerKind", "LayerRule"),
+    "task": ("Task",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "CompressionSpec",
+    "DkmError",
+    "DkmSettings",
+    "ExitCode",
+    "GateFailed",
+    "InputSpec",
+    "InvalidInput",
+    "LayerKind",
+    "LayerRule",
+    "Layout",
+    "ModelSource",
+    "Palette",
+    "PalettizedModel",
+    "Task",
+    "Unsupported",
+    "export",
+    "finalize",
+    "load_checkpoint",
+    "prepare",
+    "save_checkpoint",
+    "set_temperature",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -1,0 +1,70 @@
+"""The contract of a runtime: something that executes artifacts of one target."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy.typing as npt
+
+from dkm_export.plugins import missing_packages
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class NumericClass(StrEnum):
+    """How precisely a runtime computes an artifact, which decides the limits it is held to."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+
+
+class Session(ABC):
+    """A loaded artifact.
+
+    Attributes:
+        numeric_class: precision of this artifact on this runtime.
+    """
+
+    numeric_class: NumericClass
+
+    @abstractmethod
+    def run(self, inputs: Arrays) -> list[npt.NDArray[Any]]:
+        """Run once: inputs by name, with the shapes and dtypes of the model's source.
+
+        Returns:
+            The outputs in the model's order.
+        """
+
+
+class Runtime(ABC):
+    """Executes artifacts. A subclass takes no arguments and imports its packages in its methods.
+
+    Attributes:
+        name: name on the command line and in reports.
+        target: the target whose artifacts it runs.
+        where: how it runs, in words that claim no more than is true: ``native CPU``,
+            ``interpreted with torch on CPU``.
+        packages: importable packages that it needs, from the target's extra.
+    """
+
+    name: ClassVar[str]
+    target: ClassVar[str]
+    where: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+
+    def unavailable(self) -> str | None:
+        """Why this runtime cannot run here, or None."""
+        return missing_packages(self.packages, self.target)
+
+    @abstractmethod
+    def load(self, artifact: Path) -> Session:
+        """Load an artifact.
+
+        Raises:
+            Unsupported: when the runtime cannot execute it, with the operator or feature.
+            InvalidInput: when the file is malformed.
+        """

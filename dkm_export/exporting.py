@@ -1,0 +1,125 @@
+"""Export: the contract of a target, how targets are found, and one checkpoint to all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from pydantic import ValidationError
+
+from dkm_export import __version__
+from dkm_export.errors import GateFailed, InvalidInput, Unsupported
+from dkm_export.files import files_below, sha256, staged
+
+from dkm_export.plugins import discover, missing_packages
+from dkm_export.spec import Frozen, LayerKind
+from dkm_export.validation import explain
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dkm_export.palette import Palette
+    from dkm_export.palettized import PalettizedModel
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What palettes a target can hold; a table that `dkm targets` prints.
+
+    Attributes:
+        bits: allowed bits per index.
+        max_dim: most weights that share an index.
+        axes: allowed axes of the vectors; None for any.
+        groups: whether groups of channels may have a LUT each.
+        padding: whether ``dim`` may leave a rest on its axis.
+        kinds: layers whose weight may be a palette.
+    """
+
+    bits: tuple[int, ...]
+    max_dim: int
+    axes: tuple[int, ...] | None
+    groups: bool
+    padding: bool
+    kinds: tuple[LayerKind, ...] = tuple(LayerKind)
+
+    def refusal(self, palette: Palette) -> str | None:
+        """Why the target cannot hold ``palette`` and what it could hold, or None."""
+        layout = palette.layout
+        if palette.bits not in self.bits:
+            return f"bits {palette.bits} cannot be held, allowed: {_listed(self.bits)}"
+        if layout.dim > self.max_dim:
+            return f"dim {layout.dim} cannot be held, allowed: 1 to {self.max_dim}"
+        if self.axes is not None and layout.dim > 1 and layout.axis not in self.axes:
+            return f"axis {layout.axis} cannot be held, allowed: {_listed(self.axes)}"
+        if layout.groups > 1 and not self.groups:
+            return f"groups {layout.groups} cannot be held, allowed: 1"
+        if layout.padding and not self.padding:
+            size = layout.shape[layout.axis]
+            divisors = [dim for dim in range(1, self.max_dim + 1) if size % dim == 0]
+            return (
+                f"dim {layout.dim} does not divide axis {layout.axis} of size {size}, "
+                f"allowed: {_listed(divisors)}"
+            )
+        return None
+
+
+Options = TypeVar("Options", bound=Frozen)
+
+
+class Exporter(ABC, Generic[Options]):
+    """One target. A subclass takes no arguments and imports its packages inside its methods.
+
+    Attributes:
+        target: name on the command line, of the extra and of the output folder.
+        suffix: of its artifacts, ``.onnx``.
+        packages: importable packages that it needs, from the extra of the target's name.
+        capabilities: the palettes that it can hold.
+        options: settings of the target, given as ``--set <target>.<key>=<value>``.
+    """
+
+    target: ClassVar[str]
+    suffix: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+    capabilities: ClassVar[Capabilities]
+    options: type[Options]
+
+    def requires(self, model: PalettizedModel, options: Options) -> None:
+        """Refuse, before any work, what the target cannot hold.
+
+        Raises:
+            Unsupported: with the layer, the value and the allowed values.
+        """
+        for name, palette in model.palettes.items():
+            reason = self.capabilities.refusal(palette)
+            if reason:
+                raise Unsupported(f"{self.target}: {name}: {reason}; change its rule in the recipe")
+
+    @abstractmethod
+    def lower(
+        self, model: PalettizedModel, module: nn.Module, folder: Path, options: Options
+    ) -> Path:
+        """Write the artifact into ``folder`` (which exists and is empty) and return its path.
+
+        Args:
+            model: the palettes and the source; the artifact is named ``model.source.name``.
+            module: a fresh `PalettizedModel.build`, which the exporter may change.
+            folder: where to write.
+            options: settings of the target.
+
+        Raises:
+            Unsupported: when the target cannot express the model.
+        """
+
+    @abstractmethod
+    def read_palettes(self, artifact: Path) -> dict[str, Palette]:
+        """Decode every palette from a file that this target's `lower` wrote.
+
+        Raises:
+            InvalidInput: when the file is malformed.
+        """

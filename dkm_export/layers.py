@@ -1,0 +1,110 @@
+"""Which weights of a model become palettes: the rules of a spec applied to its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from dkm_export.errors import InvalidInput
+from dkm_export.palette import Layout, packed_size
+from dkm_export.spec import CompressionSpec, LayerKind
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer's weight.
+
+    Attributes:
+        name: full parameter name.
+        kind: kind of the layer.
+        layout: how the weight is cut into vectors.
+        bits: bits per index, or None when the weight stays dense.
+        reason: why it stays dense, or an empty string.
+    """
+
+    name: str
+    kind: LayerKind
+    layout: Layout
+    bits: int | None
+    reason: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Predicted payload: packed indices and float16 LUTs, or float32 weights."""
+        return 4 * self.layout.size if self.bits is None else _palette_bytes(self.layout, self.bits)
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The kind of a layer, or None when its weight cannot be a palette."""
+    match module:
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+            depthwise = 1 < module.groups == module.in_channels
+            return LayerKind.DEPTHWISE if depthwise else LayerKind.CONV
+        case nn.ConvTranspose1d() | nn.ConvTranspose2d() | nn.ConvTranspose3d():
+            return LayerKind.CONV_TRANSPOSE
+        case nn.Linear():
+            return LayerKind.LINEAR
+        case nn.Embedding():
+            return LayerKind.EMBEDDING
+    return None
+
+
+def plan(model: nn.Module, spec: CompressionSpec) -> list[LayerPlan]:
+    """Decide for every layer of ``model`` what its weight becomes.
+
+    Raises:
+        InvalidInput: when a rule's pattern matches no layer, a rule does not fit a weight's shape,
+            or two layers share a weight that a rule would palettize.
+    """
+    layers = list(_layers(model))
+    for number, rule in enumerate(spec.rules, 1):
+        if rule.pattern != "*" and not any(rule.matches(name, kind) for name, kind, _ in layers):
+            raise InvalidInput(
+                f"rule {number}: pattern '{rule.pattern}' matches no layer, "
+                f"the layers are {', '.join(name for name, _, _ in layers)}"
+            )
+    plans = [_plan_layer(name, kind, weight, spec) for name, kind, weight in layers]
+    owners: dict[int, str] = {}
+    for entry, (name, _, weight) in zip(plans, layers, strict=True):
+        first = owners.setdefault(id(weight), name)
+        if first != name and entry.bits is not None:
+            raise InvalidInput(
+                f"{first} and {name} are one tied weight, which cannot be palettized yet: "
+                "add a rule with skip = true for both"
+            )
+    return plans
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, LayerKind, nn.Parameter]]:
+    for prefix, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is None:
+            continue
+        name = f"{prefix}.weight" if prefix else "weight"
+        if parametrize.is_parametrized(module, "weight"):
+            raise InvalidInput(f"{name} is parametrized already: prepare a model only once")
+        if isinstance(module.weight, nn.Parameter):
+            yield name, kind, module.weight
+
+
+def _plan_layer(
+    name: str, kind: LayerKind, weight: nn.Parameter, spec: CompressionSpec
+) -> LayerPlan:
+    shape = tuple(weight.shape)
+    rule = spec.rule_for(name, kind, weight.numel())
+    if rule is None or rule.bits is None:
+        return LayerPlan(name, kind, Layout(shape), None, "no rule asks for a palette")
+    try:
+        layout = Layout(shape, rule.dim, rule.axis, rule.groups)
+    except InvalidInput as error:
+        raise InvalidInput(f"{name}: {error}") from error
+    if _palette_bytes(layout, rule.bits) >= 2 * layout.size:
+        return LayerPlan(name, kind, layout, None, "a palette would be no smaller than float16")
+    return LayerPlan(name, kind, layout, rule.bits)
+
+
+def _palette_bytes(layout: Layout, bits: int) -> int:
+    return packed_size(layout.vectors, bits) + 2 * layout.groups * layout.dim * (1 << bits)

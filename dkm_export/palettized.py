@@ -1,0 +1,140 @@
+"""A palettized model: the seam between training, which makes it, and exporters, which read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, StringConstraints, model_validator
+from torch import Tensor, nn
+
+from dkm_export.errors import InvalidInput
+from dkm_export.palette import Palette
+from dkm_export.references import build_module
+from dkm_export.spec import CompressionSpec, Frozen
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=100)]
+"""An identifier that is safe as a file name and as a generated Swift or Kotlin name."""
+
+
+class InputSpec(Frozen):
+    """One input of the model.
+
+    Attributes:
+        name: its name in every artifact.
+        shape: its fixed shape, the batch included.
+        dtype: float32, or int32 / int64 for token ids and the like.
+        high: for integers, one more than the largest allowed value.
+    """
+
+    name: Name
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    dtype: Literal["float32", "int32", "int64"] = "float32"
+    high: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _bound_for_integers(self) -> Self:
+        if (self.dtype == "float32") == (self.high is not None):
+            raise ValueError("'high' goes with integer inputs, and only with them")
+        return self
+
+    def random(self, generator: torch.Generator) -> Tensor:
+        """A random input: integers below ``high``, or normal numbers of a random scale and offset.
+
+        Networks that average over positions hardly tell one plain noise image from another.
+        """
+        if self.high is None:
+            gain = 0.5 + torch.rand((), generator=generator)
+            offset = torch.randn((), generator=generator)
+            return gain * torch.randn(self.shape, generator=generator) + offset
+        dtype = getattr(torch, self.dtype)
+        return torch.randint(self.high, self.shape, generator=generator, dtype=dtype)
+
+
+class ModelSource(Frozen):
+    """How to build the model's code again, and what goes in and out of it.
+
+    Attributes:
+        name: names the artifacts: ``coreml/<name>.mlpackage``.
+        factory: ``package.module:callable`` that returns the ``nn.Module``.
+        arguments: keyword arguments for the factory, plain JSON values.
+        inputs: in the order of ``forward``'s parameters.
+        outputs: names of the outputs, in the order that ``forward`` returns them.
+        task: ``package.module:Class`` of the `dkm_export.Task` it was trained for, if any.
+    """
+
+    name: Name
+    factory: str
+    arguments: dict[str, Any] = {}
+    inputs: Annotated[tuple[InputSpec, ...], Field(min_length=1)]
+    outputs: Annotated[tuple[Name, ...], Field(min_length=1)] = ("output",)
+    task: str | None = None
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Self:
+        names = [*(spec.name for spec in self.inputs), *self.outputs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"input and output names repeat: {', '.join(names)}")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class PalettizedModel:
+    """A model whose weights are palettes, plus everything that stayed dense.
+
+    Attributes:
+        source: how to build the module that the weights belong to.
+        spec: the rules that made the palettes.
+        palettes: by full parameter name (``features.0.weight``).
+        dense: the rest of the state dict: biases, batch norm, layers left alone.
+    """
+
+    source: ModelSource
+    spec: CompressionSpec
+    palettes: Mapping[str, Palette]
+    dense: Mapping[str, Tensor]
+
+    def build(self) -> nn.Module:
+        """The PyTorch reference: the model in eval mode with every palette decoded to float32.
+
+        Raises:
+            InvalidInput: when the factory's model does not have these parameters and shapes.
+        """
+        module = build_module(self.source.factory, self.source.arguments)
+        load_state(module, self.state_dict(), f"the model of '{self.source.factory}'")
+        return module.eval().requires_grad_(False)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole state dict, palettes decoded."""
+        decoded = {name: torch.from_numpy(p.dense()) for name, p in self.palettes.items()}
+        return {**self.dense, **decoded}
+
+    @property
+    def fp32_bytes(self) -> int:
+        """Size of all weights and buffers at their uncompressed precision."""
+        dense = sum(tensor.nbytes for tensor in self.dense.values())
+        return dense + sum(4 * math.prod(p.layout.shape) for p in self.palettes.values())
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], owner: str) -> None:
+    """Load ``state`` into ``module``; keys and shapes must match exactly.
+
+    Raises:
+        InvalidInput: with the first keys that are missing, unknown or of another shape.
+    """
+    own = module.state_dict()
+    for problem, keys in (
+        ("does not have", sorted(state.keys() - own.keys())),
+        ("misses weights for", sorted(own.keys() - state.keys())),
+        (
+            "has another shape for",
+            [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape],
+        ),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise InvalidInput(f"{owner} {problem} {', '.join(sorted(keys)[:3])}{more}")
+    module.load_state_dict(dict(state))

@@ -1,0 +1,44 @@
+"""Exporters and runtimes are found through entry points, and say what they lack."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+from dkm_export.errors import InvalidInput
+
+
+def discover(group: str) -> dict[str, Any]:
+    """Instances of all plugins of an entry point group, by name, without loading a backend."""
+    entry_points = sorted(metadata.entry_points(group=group), key=lambda entry: entry.name)
+    return {entry.name: entry.load()() for entry in entry_points}
+
+
+def select(plugins: dict[str, Any], names: Iterable[str], what: str) -> list[Any]:
+    """The plugins of these names, each once.
+
+    Raises:
+        InvalidInput: for a name that no plugin has.
+    """
+    unique = list(dict.fromkeys(names))
+    for name in unique:
+        if name not in plugins:
+            raise InvalidInput(f"no {what} '{name}': choose from {', '.join(plugins)}")
+    return [plugins[name] for name in unique]
+
+
+def missing_packages(packages: Iterable[str], extra: str) -> str | None:
+    """Which of ``packages`` are not installed and the line that installs them, or None."""
+    missing = [package for package in packages if not _installed(package)]
+    if not missing:
+        return None
+    return f"{', '.join(missing)} not installed: pip install 'dkm-export[{extra}]'"
+
+
+def _installed(package: str) -> bool:
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return find_spec(package) is not None

@@ -1,0 +1,1 @@
+"""Reference models, the tasks they are trained for, and recipes."""

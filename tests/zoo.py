@@ -1,0 +1,89 @@
+"""Small networks and a way to palettize them, for tests of every layer of the project."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dkm_export.compress import finalize, prepare
+from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
+from dkm_export.references import build_module
+from dkm_export.spec import CompressionSpec, LayerRule
+
+IMAGE = (InputSpec(name="image", shape=(1, 3, 16, 16)),)
+TOKENS = (InputSpec(name="tokens", shape=(1, 12), dtype="int32", high=96),)
+
+
+class Convolutions(nn.Module):
+    """Conv2d, depthwise, Conv1d, ConvTranspose2d and Linear, with batch norms in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU())
+        self.depthwise = nn.Conv2d(48, 96, 3, padding=1, groups=48, bias=False)
+        self.norm = nn.BatchNorm2d(96)
+        self.up = nn.ConvTranspose2d(96, 24, 2, stride=2)
+        self.up_norm = nn.BatchNorm2d(24)
+        self.line = nn.Conv1d(24, 48, 3, padding=1)
+        self.head = nn.Linear(48, 24)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.depthwise(self.stem(image))))
+        x = torch.relu(self.up_norm(self.up(x)))
+        x = torch.relu(self.line(x.mean(3)))
+        y: Tensor = self.head(x.mean(2))
+        return y
+
+
+class Tokens(nn.Module):
+    """Embedding, Linear and LayerNorm over integer ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(96, 48)
+        self.norm = nn.LayerNorm(48)
+        self.hidden = nn.Linear(48, 96)
+        self.head = nn.Linear(96, 12)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.embedding(tokens))
+        x = nn.functional.gelu(self.hidden(x))
+        y: Tensor = self.head(x.mean(1))
+        return y
+
+
+def lively(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give ``module`` weights and batch norm statistics that outputs depend on visibly."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                assert part.running_mean is not None
+                assert part.running_var is not None
+                part.running_mean.normal_(0, 0.2, generator=generator)
+                part.running_var.uniform_(0.5, 2, generator=generator)
+                part.weight.uniform_(0.5, 1.5, generator=generator)
+                part.bias.normal_(0, 0.3, generator=generator)
+            elif isinstance(getattr(part, "weight", None), nn.Parameter) and part.weight.dim() > 1:
+                fan_in = part.weight[0].numel()
+                part.weight.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+    return module.eval()
+
+
+def convolutions() -> nn.Module:
+    return lively(Convolutions())
+
+
+def tokens() -> nn.Module:
+    return lively(Tokens())
+
+
+def palettize(
+    factory: str, inputs: tuple[InputSpec, ...], *rules: LayerRule, small_layer_size: int = 0
+) -> PalettizedModel:
+    """Post-training palettization of a factory's model."""
+    module = build_module(factory, {})
+    spec = CompressionSpec(rules=rules, small_layer_size=small_layer_size)
+    prepare(module, spec)
+    name = factory.rpartition(":")[2]
+    return finalize(module, spec, ModelSource(name=name, factory=factory, inputs=inputs))
