@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dkm_export.checkpoint import load_checkpoint, save_checkpoint
     from dkm_export.compress import DkmSettings, finalize, prepare, set_temperature
     from dkm_export.errors import DkmError, ExitCode, GateFailed, InvalidInput, Unsupported
-    from dkm_export.exporting import export
+    from dkm_export.exporting.export import export
     from dkm_export.palette import Layout, Palette
     from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
     from dkm_export.spec import CompressionSpec, LayerKind, LayerRule
@@ -24,7 +24,7 @@ _HOME = {
     "checkpoint": ("load_checkpoint", "save_checkpoint"),
     "compress": ("DkmSettings", "finalize", "prepare", "set_temperature"),
     "errors": ("DkmError", "ExitCode", "GateFailed", "InvalidInput", "Unsupported"),
-    "exporting": ("export",),
+    "exporting.export": ("export",),
     "palette": ("Layout", "Palette"),
     "palettized": ("InputSpec", "ModelSource", "PalettizedModel"),
     "spec": ("CompressionSpec", "LayerKind", "LayerRule"),

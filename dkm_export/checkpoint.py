@@ -7,7 +7,6 @@ object: schema version, tool version, source, spec and the layout of each palett
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from dkm_export import __version__
 from dkm_export.errors import InvalidInput
 from dkm_export.files import staged
-from dkm_export.palette import Layout, Palette, pack, unpack
+from dkm_export.palette import Layout, Palette, unpack
 from dkm_export.palettized import ModelSource, PalettizedModel
 from dkm_export.spec import Bits, CompressionSpec, Dim, Frozen
 from dkm_export.validation import explain
@@ -42,6 +41,7 @@ class _Header(Frozen):
     tool_version: str
     source: ModelSource
     spec: CompressionSpec
+    metrics: dict[str, float]
     layers: dict[str, _Layer]
 
 
@@ -65,7 +65,11 @@ def save_checkpoint(model: PalettizedModel, path: Path, *, force: bool = False) 
             shape=layout.shape,
         )
     header = _Header(
-        tool_version=__version__, source=model.source, spec=model.spec, layers=layers
+        tool_version=__version__,
+        source=model.source,
+        spec=model.spec,
+        metrics=dict(model.metrics),
+        layers=layers,
     )
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with staged(path, force=force) as new:
@@ -83,7 +87,7 @@ def load_checkpoint(path: Path) -> PalettizedModel:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
     except (SafetensorError, OSError) as error:
         raise InvalidInput(f"{path}: not a safetensors file, or cut short: {error}") from error
     if _KEY not in metadata:
@@ -91,16 +95,18 @@ def load_checkpoint(path: Path) -> PalettizedModel:
     try:
         header = _Header.model_validate_json(metadata[_KEY])
     except ValidationError as error:
-        raise InvalidInput(f"{path}: {explain(error)}") from error
+        raise InvalidInput(f"{path}: {explain(error, _Header)}") from error
     palettes = {}
     for name, layer in header.layers.items():
         try:
-            palettes[name] = _palette(layer, tensors.pop(f"{name}.lut"), tensors.pop(f"{name}.indices"))
+            palettes[name] = _palette(
+                layer, tensors.pop(f"{name}.lut"), tensors.pop(f"{name}.indices")
+            )
         except KeyError as error:
             raise InvalidInput(f"{path}: tensor {error} is missing") from error
         except InvalidInput as error:
             raise InvalidInput(f"{path}: {name}: {error}") from error
-    return PalettizedModel(header.source, header.spec, palettes, tensors)
+    return PalettizedModel(header.source, header.spec, palettes, tensors, header.metrics)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -1,12 +1,13 @@
 """Attach differentiable k-means to a model, and turn the trained result into palettes.
 
-    prepare(model, spec)          # then train with any loop: the code, loss and optimizer stay
-    palettized = finalize(model, source)
+prepare(model, spec)          # then train with any loop: the code, loss and optimizer stay
+palettized = finalize(model, source)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrize
 from dkm_export.clustering import assign, initial_centroids, mean_squared_distance, soft_cluster
 from dkm_export.errors import InvalidInput
 from dkm_export.layers import LayerPlan, plan
-from dkm_export.palette import Layout, Palette
+from dkm_export.palette import Palette
 from dkm_export.palettized import ModelSource, PalettizedModel
 from dkm_export.spec import CompressionSpec, Frozen
 
@@ -36,14 +37,12 @@ class DkmSettings(Frozen):
         iterations: most k-means iterations per training step.
         eps: movement of the centroids, relative to the weights' standard deviation, that ends the
             iterations early.
-        seed: of the initial centroids.
     """
 
     tau: Annotated[float, Field(gt=0)] = 0.5
     tau_unit: Literal["inertia", "absolute"] = "inertia"
     iterations: Annotated[int, Field(ge=1)] = 3
     eps: Annotated[float, Field(ge=0)] = 1e-4
-    seed: int = 0
 
 
 class DkmWeight(nn.Module):
@@ -58,13 +57,13 @@ class DkmWeight(nn.Module):
     centroids: Tensor
     tau: Tensor
 
-    def __init__(self, weight: Tensor, layer: LayerPlan, settings: DkmSettings) -> None:
+    def __init__(self, weight: Tensor, layer: LayerPlan, settings: DkmSettings, seed: int) -> None:
         super().__init__()
         assert layer.bits is not None
         self.name, self.layout, self.bits = layer.name, layer.layout, layer.bits
         self.settings = settings
         vectors = self._vectors(weight)
-        start = initial_centroids(vectors, 1 << layer.bits, settings.seed)
+        start = initial_centroids(vectors, 1 << layer.bits, seed)
         self.register_buffer("centroids", start)
         self.register_buffer("tau", torch.empty(self.layout.groups, 1, 1))
         self.set_temperature(weight, settings.tau)
@@ -77,7 +76,8 @@ class DkmWeight(nn.Module):
             clusters = soft_cluster(
                 vectors, self.centroids, self.tau, self.settings.iterations, eps
             )
-            self.centroids.copy_(clusters.centroids.detach())
+            # a new tensor, not a copy into the old one, which the backward pass still needs
+            self.centroids = clusters.centroids.detach()
             shaped: Tensor = self.layout.from_vectors(clusters.vectors)
             return shaped.to(weight.dtype)
         return torch.from_numpy(self.palette(weight).dense()).to(weight)
@@ -124,9 +124,15 @@ class DkmWeight(nn.Module):
 
 
 def prepare(
-    model: nn.Module, spec: CompressionSpec, settings: DkmSettings | None = None
+    model: nn.Module, spec: CompressionSpec, settings: DkmSettings | None = None, *, seed: int = 0
 ) -> list[LayerPlan]:
     """Attach `DkmWeight` to every weight that ``spec`` selects, in place.
+
+    Args:
+        model: float, with the weights to start from.
+        spec: what to compress and how.
+        settings: how to cluster during training.
+        seed: of the initial centroids.
 
     Returns:
         What happens to each layer, including those that stay dense.
@@ -140,7 +146,7 @@ def prepare(
             module = model.get_submodule(_owner(layer.name))
             weight = module.weight
             assert isinstance(weight, nn.Parameter)
-            dkm = DkmWeight(weight.detach(), layer, settings or DkmSettings())
+            dkm = DkmWeight(weight.detach(), layer, settings or DkmSettings(), seed)
             # eval while registering: the consistency check must not move the centroids
             parametrize.register_parametrization(module, "weight", dkm.eval(), unsafe=True)
             dkm.train(module.training)
@@ -153,10 +159,36 @@ def set_temperature(model: nn.Module, tau: float) -> None:
         dkm.set_temperature(_original(module), tau)
 
 
-def finalize(model: nn.Module, spec: CompressionSpec, source: ModelSource) -> PalettizedModel:
+@contextmanager
+def soft_weights(model: nn.Module) -> Iterator[None]:
+    """Within it, a prepared model in eval mode computes with soft weights; nothing is updated."""
+    layers = [(dkm, dkm.training, dkm.centroids) for _, dkm in _prepared(model)]
+    try:
+        for dkm, _, _ in layers:
+            dkm.train()
+        with parametrize.cached():
+            yield
+    finally:
+        for dkm, training, centroids in layers:
+            dkm.train(training)
+            dkm.centroids = centroids
+
+
+def finalize(
+    model: nn.Module,
+    spec: CompressionSpec,
+    source: ModelSource,
+    metrics: Mapping[str, float] | None = None,
+) -> PalettizedModel:
     """The palettes of a prepared model, and a copy of everything else in its state dict.
 
     The result computes what ``model`` computes in eval mode. ``model`` is left as it is.
+
+    Args:
+        model: prepared, and trained since.
+        spec: the rules that it was prepared with, for the record.
+        source: how to build the model again.
+        metrics: see `PalettizedModel`.
 
     Raises:
         InvalidInput: when weights or centroids are not finite.
@@ -168,7 +200,7 @@ def finalize(model: nn.Module, spec: CompressionSpec, source: ModelSource) -> Pa
         for name, tensor in model.state_dict().items()
         if not (prefixes and name.startswith(prefixes))
     }
-    return PalettizedModel(source, spec, palettes, dense)
+    return PalettizedModel(source, spec, palettes, dense, metrics or {})
 
 
 def _prepared(model: nn.Module) -> Iterator[tuple[nn.Module, DkmWeight]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
                 old.rename(target)
                 raise
         else:
-            os.replace(new, target)
+            new.replace(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -194,7 +194,9 @@ class Palette:
         for name in ("lut", "indices"):
             ours, theirs = getattr(self, name), getattr(other, name)
             # Compare bits, not values: -0.0 equals 0.0.
-            differing = int((ours.view(f"u{ours.itemsize}") != theirs.view(f"u{theirs.itemsize}")).sum())
+            differing = int(
+                (ours.view(f"u{ours.itemsize}") != theirs.view(f"u{theirs.itemsize}")).sum()
+            )
             if differing:
                 return f"{differing} of {ours.size} {name.replace('lut', 'LUT')} entries differ"
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -68,7 +68,7 @@ class ModelSource(Frozen):
 
     name: Name
     factory: str
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
     inputs: Annotated[tuple[InputSpec, ...], Field(min_length=1)]
     outputs: Annotated[tuple[Name, ...], Field(min_length=1)] = ("output",)
     task: str | None = None
@@ -90,12 +90,14 @@ class PalettizedModel:
         spec: the rules that made the palettes.
         palettes: by full parameter name (``features.0.weight``).
         dense: the rest of the state dict: biases, batch norm, layers left alone.
+        metrics: the task's metric where it was measured: ``fp32`` before, ``hard`` after.
     """
 
     source: ModelSource
     spec: CompressionSpec
     palettes: Mapping[str, Palette]
     dense: Mapping[str, Tensor]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
         """The PyTorch reference: the model in eval mode with every palette decoded to float32.

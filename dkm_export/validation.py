@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from pydantic import ValidationError
+from typing import get_args
+
+from pydantic import BaseModel, ValidationError
 
 
-def explain(error: ValidationError) -> str:
-    """The first finding: the key's full path, what is wrong, and how many more there are."""
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first finding: the key's full path, what is wrong, and how many more there are.
+
+    Args:
+        error: what validating ``model`` raised.
+        model: knows the keys that are allowed beside an unknown one.
+    """
     first, *rest = error.errors(include_url=False)
     key = ".".join(str(part) for part in first["loc"]) or "the whole"
-    message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
-    more = f" (and {len(rest)} more problems)" if rest else ""
-    return f"'{key}': {message.removeprefix('Value error, ')}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        allowed = _model_at(model, first["loc"][:-1]).model_fields
+        message = f"unknown key, allowed: {', '.join(allowed) or 'none'}"
+    more = f" (and {len(rest)} more)" if rest else ""
+    return f"'{key}': {message}{more}"
+
+
+def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+    for part in path:
+        if part in model.model_fields:
+            annotation = model.model_fields[str(part)].annotation
+            nested = [annotation, *get_args(annotation)]
+            model = next(x for x in nested if isinstance(x, type) and issubclass(x, BaseModel))
+    return model

@@ -1,25 +1,16 @@
-"""Export: the contract of a target, how targets are found, and one checkpoint to all of them."""
+"""The contract of a target, and the palettes that it can hold."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
-from pydantic import ValidationError
-
-from dkm_export import __version__
-from dkm_export.errors import GateFailed, InvalidInput, Unsupported
-from dkm_export.files import files_below, sha256, staged
-
-from dkm_export.plugins import discover, missing_packages
+from dkm_export.errors import Unsupported
+from dkm_export.plugins import missing_packages
 from dkm_export.spec import Frozen, LayerKind
-from dkm_export.validation import explain
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,6 +80,10 @@ class Exporter(ABC, Generic[Options]):
     capabilities: ClassVar[Capabilities]
     options: type[Options]
 
+    def unavailable(self) -> str | None:
+        """What is not installed and the line that installs it, or None."""
+        return missing_packages(self.packages, self.target)
+
     def requires(self, model: PalettizedModel, options: Options) -> None:
         """Refuse, before any work, what the target cannot hold.
 
@@ -123,3 +118,7 @@ class Exporter(ABC, Generic[Options]):
         Raises:
             InvalidInput: when the file is malformed.
         """
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(str(value) for value in values)

@@ -1,0 +1,134 @@
+"""How far an output is from the reference, and how far it may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dkm_export.checking.runtime import NumericClass
+from dkm_export.spec import Frozen
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Limits(Frozen):
+    """What an output may differ by.
+
+    Attributes:
+        relative_l2: norm of the error over norm of the reference.
+        rtol: allowed error of an element, relative to its reference.
+        atol: added to that, relative to the largest reference of the output.
+        sqnr_db: least signal to error ratio, in dB.
+    """
+
+    relative_l2: float
+    rtol: float
+    atol: float
+    sqnr_db: float
+
+    def tolerance(self, reference: FloatArray) -> FloatArray:
+        """Largest allowed absolute error of each element."""
+        largest = np.abs(reference).max(initial=0.0)
+        return self.atol * largest + self.rtol * np.abs(reference)
+
+
+LIMITS = {
+    NumericClass.FP32: Limits(relative_l2=1e-5, rtol=1e-4, atol=1e-5, sqnr_db=100),
+    # A placeholder until measured on devices; float16 weights alone stay well within it.
+    NumericClass.FP16: Limits(relative_l2=1e-2, rtol=1e-2, atol=5e-3, sqnr_db=40),
+}
+
+
+class Fidelity(Frozen):
+    """Differences of one output from its reference, computed in float64.
+
+    Attributes:
+        max_abs: largest absolute error.
+        relative_l2: norm of the error over norm of the reference.
+        sqnr_db: signal to error ratio in dB; None when the output is exact.
+        cosine: of output and reference, flattened.
+        outside: elements beyond `Limits.tolerance`.
+        nonfinite: elements that are NaN or infinite where the reference is not.
+    """
+
+    max_abs: float
+    relative_l2: float
+    sqnr_db: float | None
+    cosine: float
+    outside: int
+    nonfinite: int
+
+
+def compare(reference: npt.NDArray[Any], output: npt.NDArray[Any], limits: Limits) -> Fidelity:
+    """Measure ``output`` against ``reference``, two arrays of the same shape."""
+    expected, actual = reference.astype(np.float64), output.astype(np.float64)
+    nonfinite = int((~np.isfinite(actual) & np.isfinite(expected)).sum())
+    error = np.nan_to_num(actual - expected, nan=np.inf)
+    signal, noise = float(np.linalg.norm(expected)), float(np.linalg.norm(error))
+    relative = noise / signal if signal else (np.inf if noise else 0.0)
+    norms = signal * float(np.linalg.norm(np.nan_to_num(actual)))
+    return Fidelity(
+        max_abs=float(np.abs(error).max(initial=0.0)),
+        relative_l2=relative,
+        sqnr_db=float(-20 * np.log10(relative)) if relative else None,
+        cosine=float(np.vdot(expected, np.nan_to_num(actual))) / norms if norms else 0.0,
+        outside=int((np.abs(error) > limits.tolerance(expected)).sum()),
+        nonfinite=nonfinite,
+    )
+
+
+def violations(fidelity: Fidelity, limits: Limits) -> list[str]:
+    """Which limits a measurement breaks, each with its figure and its limit."""
+    found = []
+    if fidelity.nonfinite:
+        found.append(f"{fidelity.nonfinite} elements are NaN or infinite")
+    if fidelity.relative_l2 > limits.relative_l2:
+        found.append(f"relative L2 {fidelity.relative_l2:.2e} exceeds {limits.relative_l2:.0e}")
+    if fidelity.outside:
+        found.append(
+            f"{fidelity.outside} elements differ by more than "
+            f"{limits.rtol:.0e} relative + {limits.atol:.0e} of the largest"
+        )
+    if fidelity.sqnr_db is not None and fidelity.sqnr_db < limits.sqnr_db:
+        found.append(f"SQNR {fidelity.sqnr_db:.1f} dB is below {limits.sqnr_db:.0f} dB")
+    return found
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Predictions (argmax of each row) that differ from the reference's.
+
+    Attributes:
+        differing: rows that differ although the reference's margin exceeds the tolerance.
+        ties: rows that differ where the reference's margin is within it.
+    """
+
+    differing: int
+    ties: int
+
+
+def agreement(
+    reference: npt.NDArray[Any], output: npt.NDArray[Any], limits: Limits
+) -> Agreement | None:
+    """Compare predictions; None when the output is not ``[rows, classes]``."""
+    if reference.ndim != 2 or reference.shape[1] < 2:
+        return None
+    expected = reference.astype(np.float64)
+    rows = np.arange(len(expected))
+    chosen, other = expected.argmax(1), output.argmax(1)
+    differs = chosen != other
+    margin = expected[rows, chosen] - expected[rows, other]
+    # Both candidates may move by their tolerance, towards each other.
+    tolerance = limits.tolerance(expected)
+    tie = margin <= tolerance[rows, chosen] + tolerance[rows, other]
+    return Agreement(differing=int((differs & ~tie).sum()), ties=int((differs & tie).sum()))
+
+
+def sensitivity(stacked: npt.NDArray[Any]) -> float:
+    """How much of an output depends on the sample: norm around the mean over the whole norm."""
+    values = stacked.astype(np.float64)
+    norm = float(np.linalg.norm(values))
+    return float(np.linalg.norm(values - values.mean(0))) / norm if norm else 0.0

@@ -1,0 +1,37 @@
+"""Keep what libraries print off the user's screen."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet(*, enabled: bool = True) -> Iterator[None]:
+    """Swallow stdout and stderr of Python and native code, and Python's warnings.
+
+    Converters and runtimes write from C++ straight to the file descriptors, where neither
+    `contextlib.redirect_stdout` nor `logging` reaches.
+    """
+    if not enabled:
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(descriptor) for descriptor in (1, 2)]
+    try:
+        with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for descriptor in (1, 2):
+                os.dup2(sink.fileno(), descriptor)
+            yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)

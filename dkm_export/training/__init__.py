@@ -1,0 +1,1 @@
+"""The training stage: a recipe to a palettized model."""

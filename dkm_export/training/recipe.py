@@ -1,0 +1,125 @@
+"""Recipes: everything that `dkm compress` needs to know, in one TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from dkm_export.compress import DkmSettings
+from dkm_export.errors import InvalidInput
+from dkm_export.palettized import InputSpec, ModelSource, Name
+from dkm_export.spec import CompressionSpec, Frozen
+from dkm_export.validation import explain
+
+
+class ModelSection(Frozen):
+    """The model: see `ModelSource` for the keys.
+
+    Attributes:
+        weights: a safetensors file, or a state dict that torch reads with ``weights_only``;
+            relative to the recipe. None for the factory's own weights.
+    """
+
+    name: Name
+    factory: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    weights: Path | None = None
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[Name, ...] = ("output",)
+
+
+class TrainSection(Frozen):
+    """One phase of training, with Adam and a learning rate that falls to 0 along a cosine."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class DkmSection(TrainSection, DkmSettings):
+    """Fine-tuning with DKM; ``epochs = 0`` is post-training palettization.
+
+    Attributes:
+        tau_end: ``tau`` falls geometrically from ``tau`` in the first epoch to this in the last.
+    """
+
+    tau_end: Annotated[float, Field(gt=0)] = 0.05
+
+
+class Recipe(Frozen):
+    """A whole recipe.
+
+    Attributes:
+        seed: of initial weights, shuffling and initial centroids.
+        task: ``package.module:Class`` of a `dkm_export.Task`; needed for any training.
+        train: float training before compression; left out for a model that has its weights.
+    """
+
+    seed: int = 0
+    task: str | None = None
+    model: ModelSection
+    train: TrainSection | None = None
+    dkm: DkmSection
+    compression: CompressionSpec
+
+    def source(self) -> ModelSource:
+        """The part that a checkpoint keeps."""
+        model = self.model.model_dump(exclude={"weights"})
+        return ModelSource.model_validate({**model, "task": self.task})
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply ``key.path=value`` overrides, values written as in TOML.
+
+    Raises:
+        InvalidInput: when the file is missing or not TOML, or a key or value is wrong.
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InvalidInput(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path}: not TOML: {error}") from error
+    for override in overrides:
+        _override(data, override)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise InvalidInput(f"{path}: {explain(error, Recipe)}") from error
+    trains = recipe.dkm.epochs or (recipe.train and recipe.train.epochs)
+    if trains and recipe.task is None:
+        raise InvalidInput(f"{path}: training needs a 'task', or epochs = 0")
+    if recipe.model.weights is None:
+        return recipe
+    weights = path.parent / recipe.model.weights
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": weights})})
+
+
+def parse_setting(text: str) -> tuple[list[str], Any]:
+    """``a.b=value`` as ``(["a", "b"], value)``; a value that is not TOML is taken as text.
+
+    Raises:
+        InvalidInput: when there is no key or no ``=``.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise InvalidInput(f"'{text}' is not a setting: write key=value")
+    try:
+        return key.split("."), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.split("."), value
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    path, value = parse_setting(text)
+    table = data
+    for part in path[:-1]:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise InvalidInput(f"'{text}': '{part}' is not a table")
+        table = inner
+    table[path[-1]] = value
