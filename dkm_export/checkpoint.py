@@ -25,6 +25,7 @@ from dkm_export.spec import Bits, CompressionSpec, Dim, Frozen
 from dkm_export.validation import explain
 
 SUFFIX = ".dkm.safetensors"
+FILE_NAME = f"model{SUFFIX}"
 _KEY = "dkm"
 
 
@@ -111,7 +112,7 @@ def load_checkpoint(path: Path) -> PalettizedModel:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint itself, or the one in the folder of a run or an export."""
-    return path / f"model{SUFFIX}" if path.is_dir() else path
+    return path / FILE_NAME if path.is_dir() else path
 
 
 def _palette(layer: _Layer, lut: Tensor, packed: Tensor) -> Palette:

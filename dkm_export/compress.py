@@ -155,14 +155,14 @@ def prepare(
 
 def set_temperature(model: nn.Module, tau: float) -> None:
     """Set the temperature of all layers of a prepared model, in the unit of its settings."""
-    for module, dkm in _prepared(model):
-        dkm.set_temperature(_original(module), tau)
+    for dkm, weight in _prepared(model):
+        dkm.set_temperature(weight, tau)
 
 
 @contextmanager
 def soft_weights(model: nn.Module) -> Iterator[None]:
     """Within it, a prepared model in eval mode computes with soft weights; nothing is updated."""
-    layers = [(dkm, dkm.training, dkm.centroids) for _, dkm in _prepared(model)]
+    layers = [(dkm, dkm.training, dkm.centroids) for dkm, _ in _prepared(model)]
     try:
         for dkm, _, _ in layers:
             dkm.train()
@@ -193,7 +193,7 @@ def finalize(
     Raises:
         InvalidInput: when weights or centroids are not finite.
     """
-    palettes = {dkm.name: dkm.palette(_original(module)) for module, dkm in _prepared(model)}
+    palettes = {dkm.name: dkm.palette(weight) for dkm, weight in _prepared(model)}
     prefixes = tuple(f"{_owner(name)}.parametrizations.weight.".lstrip(".") for name in palettes)
     dense = {
         name: tensor.detach().cpu().clone()
@@ -203,18 +203,18 @@ def finalize(
     return PalettizedModel(source, spec, palettes, dense, metrics or {})
 
 
-def _prepared(model: nn.Module) -> Iterator[tuple[nn.Module, DkmWeight]]:
+def _prepared(model: nn.Module) -> Iterator[tuple[DkmWeight, Tensor]]:
+    """Every `DkmWeight` with the weight that it clusters."""
     for module in model.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            for parametrization in module.parametrizations["weight"]:
-                if isinstance(parametrization, DkmWeight):
-                    yield module, parametrization
-
-
-def _original(module: nn.Module) -> Tensor:
-    weight = module.parametrizations["weight"].original
-    assert isinstance(weight, Tensor)
-    return weight
+        if not parametrize.is_parametrized(module, "weight"):
+            continue
+        chains = module.parametrizations
+        assert isinstance(chains, nn.ModuleDict)
+        chain = chains["weight"]
+        for parametrization in chain.children():
+            if isinstance(parametrization, DkmWeight):
+                assert isinstance(chain.original, Tensor)
+                yield parametrization, chain.original
 
 
 def _owner(parameter: str) -> str:

@@ -21,8 +21,7 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
     Raises:
         InvalidInput: when ``target`` exists and ``force`` is false, or its folder is not writable.
     """
-    if target.exists() and not force:
-        raise InvalidInput(f"{target} exists: name another output or pass --force")
+    require_absent(target, force=force)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -43,6 +42,16 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
             new.replace(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_absent(target: Path, *, force: bool) -> None:
+    """Refuse to write over ``target``; long work asks before it starts.
+
+    Raises:
+        InvalidInput: when ``target`` exists and ``force`` is false.
+    """
+    if target.exists() and not force:
+        raise InvalidInput(f"{target} exists: name another output or pass --force")
 
 
 def sha256(file: Path) -> str:

@@ -94,7 +94,8 @@ def _pairs(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[_Pair]:
     def owner(node: object) -> str | None:
         """The module whose parameter or buffer ``node`` is, when this is its only use."""
         if isinstance(node, fx.Node) and node.name in owners and len(node.users) == 1:
-            return owners[node.name].rpartition(".")[0]
+            parameter: str = owners[node.name]
+            return parameter.rpartition(".")[0]
         return None
 
     pairs = []

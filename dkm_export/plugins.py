@@ -10,6 +10,9 @@ from typing import Any
 
 from dkm_export.errors import InvalidInput
 
+EXPORTERS = "dkm_export.exporters"
+RUNTIMES = "dkm_export.runtimes"
+
 
 def discover(group: str) -> dict[str, Any]:
     """Instances of all plugins of an entry point group, by name, without loading a backend."""

@@ -8,7 +8,6 @@ on the task's metric.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +23,20 @@ from dkm_export.checking.metrics import (
     sensitivity,
     violations,
 )
+from dkm_export.checking.reference import Outputs, Reference, make_reference
 from dkm_export.checking.report import ArtifactReport, Finding, Report, RuntimeReport, Status
 from dkm_export.checking.runtime import NumericClass, Runtime, Session
 from dkm_export.checkpoint import load_checkpoint
 from dkm_export.errors import DkmError, InvalidInput
-from dkm_export.exporting.export import GROUP as EXPORTERS
 from dkm_export.exporting.export import palette_problems
 from dkm_export.exporting.exporter import Exporter
 from dkm_export.files import files_below, sha256
 from dkm_export.manifest import FILE_NAME, Artifact, FileEntry, Manifest, read_manifest
 from dkm_export.palettized import PalettizedModel
-from dkm_export.plugins import discover, select
+from dkm_export.plugins import EXPORTERS, RUNTIMES, discover, select
 from dkm_export.quiet import quiet
-from dkm_export.references import load_task
-from dkm_export.samples import Samples, fixed_batches, load_samples, run_reference
+from dkm_export.samples import fixed_batches, load_samples
 from dkm_export.task import Task
-
-RUNTIMES = "dkm_export.runtimes"
 
 _LEAST_SENSITIVITY = 0.02
 """Below it, outputs hardly depend on the inputs and agreement would prove nothing."""
@@ -74,14 +70,16 @@ def check(
     if runtimes:
         targets = {runtime.target for runtime in chosen}
         artifacts = [artifact for artifact in artifacts if artifact.target in targets]
-    reference, findings = _load_reference(root, manifest, progress)
+    progress("pytorch: reference")
+    model = load_checkpoint(root / manifest.checkpoint.path)
+    reference = make_reference(model, load_samples(root / manifest.samples.path, model.source))
     structures, runs = [], []
     exporters: dict[str, Exporter[Any]] = discover(EXPORTERS)
     for artifact in artifacts:
         progress(f"{artifact.target}: structure")
         exporter = select(exporters, [artifact.target], "target")[0]
         with quiet(enabled=not verbose):
-            structure = _check_structure(root, artifact, exporter, reference.model)
+            structure = _check_structure(root, artifact, exporter, model)
         structures.append(structure)
         for runtime in (r for r in chosen if r.target == artifact.target):
             progress(f"{runtime.name}: {runtime.where}")
@@ -94,28 +92,14 @@ def check(
         fp32_bytes=manifest.fp32_bytes,
         metric_name=reference.task.metric_name if reference.task else None,
         metrics=reference.metrics,
-        reference=findings,
+        reference=(
+            _check_hashes(root, (manifest.checkpoint, manifest.samples)),
+            _check_samples(reference),
+        ),
         artifacts=tuple(structures),
         runtimes=tuple(runs),
         required=tuple(required),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Reference:
-    """PyTorch's side of every comparison.
-
-    ``control`` holds the outputs for the samples of a model with one LUT entry changed, and
-    ``control_layer`` that layer. ``test_outputs`` are the first output over the test split.
-    """
-
-    model: PalettizedModel
-    samples: Samples
-    control: Sequence[npt.NDArray[Any]]
-    control_layer: str
-    task: Task | None
-    test_outputs: npt.NDArray[Any] | None
-    metrics: dict[str, float]
 
 
 def _locate(path: Path) -> tuple[Path, Manifest, list[Artifact]]:
@@ -133,63 +117,6 @@ def _locate(path: Path) -> tuple[Path, Manifest, list[Artifact]]:
     return root, manifest, artifacts
 
 
-def _load_reference(
-    root: Path, manifest: Manifest, progress: Callable[[str], None]
-) -> tuple[_Reference, tuple[Finding, ...]]:
-    progress("pytorch: reference")
-    model = load_checkpoint(root / manifest.checkpoint.path)
-    samples = load_samples(root / manifest.samples.path, model.source)
-    module = model.build()
-    control_layer, perturbed = _perturb(model)
-    control = _run_samples(perturbed.build(), samples, perturbed)
-    task = load_task(model.source.task) if model.source.task else None
-    metrics, test_outputs = dict(model.metrics), None
-    if task:
-        batches = list(fixed_batches(task, model.source))
-        rows = [run_reference(module, x, model.source)[0][: len(y)] for x, y in batches]
-        targets = torch.cat([target for _, target in batches])
-        metrics["hard"] = task.metric(torch.cat(rows), targets)
-        test_outputs = torch.cat(rows).numpy()
-    reference = _Reference(model, samples, control, control_layer, task, test_outputs, metrics)
-    findings = (
-        _check_hashes(root, (manifest.checkpoint, manifest.samples)),
-        _check_samples(_run_samples(module, samples, model), reference),
-    )
-    return reference, findings
-
-
-def _perturb(model: PalettizedModel) -> tuple[str, PalettizedModel]:
-    """Change the LUT entry that stands for the largest share of its layer's weights."""
-
-    def most_used(name: str) -> tuple[float, int, int]:
-        palette = model.palettes[name]
-        flat = palette.indices.reshape(palette.layout.groups, -1)
-        group = 0
-        counts = np.bincount(flat[group], minlength=1 << palette.bits)
-        return float(counts.max()) / palette.indices.size, group, int(counts.argmax())
-
-    if not model.palettes:
-        raise InvalidInput("the checkpoint holds no palettes: nothing to check")
-    name = max(model.palettes, key=most_used)
-    _, group, entry = most_used(name)
-    palette = model.palettes[name]
-    lut = palette.lut.copy()
-    lut[group, entry] += np.abs(lut).max() / 2
-    palettes = {**model.palettes, name: replace(palette, lut=lut)}
-    return name, replace(model, palettes=palettes)
-
-
-def _run_samples(
-    module: torch.nn.Module, samples: Samples, model: PalettizedModel
-) -> list[npt.NDArray[Any]]:
-    names = [spec.name for spec in model.source.inputs]
-    outputs = [
-        run_reference(module, tuple(samples.input(index)[name] for name in names), model.source)
-        for index in range(len(samples))
-    ]
-    return [torch.stack(stacked).numpy() for stacked in zip(*outputs, strict=True)]
-
-
 def _check_hashes(root: Path, entries: Sequence[FileEntry]) -> Finding:
     for entry in entries:
         file = root / entry.path
@@ -200,12 +127,11 @@ def _check_hashes(root: Path, entries: Sequence[FileEntry]) -> Finding:
     return _pass("structure", f"{len(entries)} files have the hashes of the manifest")
 
 
-def _check_samples(outputs: Sequence[npt.NDArray[Any]], reference: _Reference) -> Finding:
+def _check_samples(reference: Reference) -> Finding:
     """The samples are what this checkpoint computes, and can tell right from wrong."""
     limits = LIMITS[NumericClass.FP32]
-    names = reference.model.source.outputs
-    for name, ours, shipped in zip(names, outputs, reference.samples.outputs, strict=True):
-        broken = violations(compare(shipped.numpy(), ours, limits), limits)
+    for name, shipped, ours in _outputs(reference, reference.outputs):
+        broken = violations(compare(shipped, ours, limits), limits)
         if broken:
             return _fail("samples", f"{name}: the checkpoint computes something else: {broken[0]}")
         share = sensitivity(ours)
@@ -251,7 +177,7 @@ def _check_structure(
     )
 
 
-def _check_runtime(path: Path, runtime: Runtime, reference: _Reference) -> RuntimeReport:
+def _check_runtime(path: Path, runtime: Runtime, reference: Reference) -> RuntimeReport:
     report = RuntimeReport(
         runtime=runtime.name, target=runtime.target, where=runtime.where, findings=()
     )
@@ -274,20 +200,21 @@ def _check_runtime(path: Path, runtime: Runtime, reference: _Reference) -> Runti
         message = summary if isinstance(error, DkmError) else f"{type(error).__name__}: {summary}"
         failed = Finding(check="run", status=Status.ERROR, message=message)
         return report.model_copy(update={"findings": (failed,)})
-    names = reference.model.source.outputs
-    pairs = zip(names, reference.samples.outputs, outputs, strict=True)
     return report.model_copy(
         update={
             "findings": tuple(findings),
             "numeric_class": session.numeric_class.value,
             "limits": limits,
-            "fidelity": {name: compare(ref.numpy(), out, limits) for name, ref, out in pairs},
+            "fidelity": {
+                name: compare(expected, output, limits)
+                for name, expected, output in _outputs(reference, outputs)
+            },
             "metric": metric,
         }
     )
 
 
-def _run_session(session: Session, reference: _Reference) -> list[npt.NDArray[Any]]:
+def _run_session(session: Session, reference: Reference) -> list[npt.NDArray[Any]]:
     samples = reference.samples
     results = []
     for index in range(len(samples)):
@@ -301,12 +228,9 @@ def _run_session(session: Session, reference: _Reference) -> list[npt.NDArray[An
     return [np.stack(stacked) for stacked in zip(*results, strict=True)]
 
 
-def _check_fidelity(
-    outputs: Sequence[npt.NDArray[Any]], reference: _Reference, limits: Limits
-) -> Iterator[Finding]:
-    names = reference.model.source.outputs
-    for name, expected, output in zip(names, reference.samples.outputs, outputs, strict=True):
-        fidelity = compare(expected.numpy(), output, limits)
+def _check_fidelity(outputs: Outputs, reference: Reference, limits: Limits) -> Iterator[Finding]:
+    for name, expected, output in _outputs(reference, outputs):
+        fidelity = compare(expected, output, limits)
         broken = violations(fidelity, limits)
         if broken:
             yield _fail("fidelity", f"{name}: {'; '.join(broken)}")
@@ -314,9 +238,7 @@ def _check_fidelity(
             yield _pass("fidelity", f"{name}: relative L2 {fidelity.relative_l2:.1e}")
 
 
-def _check_control(
-    outputs: Sequence[npt.NDArray[Any]], reference: _Reference, limits: Limits
-) -> Finding:
+def _check_control(outputs: Outputs, reference: Reference, limits: Limits) -> Finding:
     """One changed LUT entry has to break the limits, or passing them means nothing."""
     noticed = any(
         violations(compare(wrong, output, limits), limits)
@@ -329,7 +251,7 @@ def _check_control(
 
 
 def _check_task(
-    session: Session, reference: _Reference, task: Task, limits: Limits
+    session: Session, reference: Reference, task: Task, limits: Limits
 ) -> tuple[float, Finding]:
     """The task's metric on the runtime, and whether its predictions are PyTorch's."""
     source, expected = reference.model.source, reference.test_outputs
@@ -347,6 +269,14 @@ def _check_task(
         return metric, _pass("predictions", f"{task.metric_name} {metric:.2f}")
     message = f"{agreed.differing} of {len(output)} differ, {agreed.ties} more within a tie"
     return metric, (_fail if agreed.differing else _pass)("predictions", message)
+
+
+def _outputs(
+    reference: Reference, outputs: Outputs
+) -> Iterator[tuple[str, npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Each output's name, its reference over the samples, and ``outputs``."""
+    shipped = [tensor.numpy() for tensor in reference.samples.outputs]
+    return zip(reference.model.source.outputs, shipped, outputs, strict=True)
 
 
 def _pass(check: Any, message: str) -> Finding:

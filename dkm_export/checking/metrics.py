@@ -31,8 +31,8 @@ class Limits(Frozen):
 
     def tolerance(self, reference: FloatArray) -> FloatArray:
         """Largest allowed absolute error of each element."""
-        largest = np.abs(reference).max(initial=0.0)
-        return self.atol * largest + self.rtol * np.abs(reference)
+        magnitude: FloatArray = np.abs(reference)
+        return self.atol * magnitude.max(initial=0.0) + self.rtol * magnitude
 
 
 LIMITS = {

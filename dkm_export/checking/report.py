@@ -91,12 +91,13 @@ class Report(Frozen):
     required: tuple[str, ...] = ()
 
     @property
-    def findings(self) -> list[tuple[str, Finding]]:
-        """Every finding with the artifact or runtime that it belongs to."""
-        parts: list[tuple[str, tuple[Finding, ...]]] = [("pytorch", self.reference)]
-        parts += [(artifact.target, artifact.findings) for artifact in self.artifacts]
-        parts += [(runtime.runtime, runtime.findings) for runtime in self.runtimes]
-        return [(owner, finding) for owner, findings in parts for finding in findings]
+    def suites(self) -> list[tuple[str, tuple[Finding, ...]]]:
+        """The findings with what they belong to: PyTorch, a target or a runtime."""
+        return [
+            ("pytorch", self.reference),
+            *((f"{artifact.target} file", artifact.findings) for artifact in self.artifacts),
+            *((runtime.runtime, runtime.findings) for runtime in self.runtimes),
+        ]
 
     @property
     def missing(self) -> list[str]:
@@ -113,7 +114,8 @@ class Report(Frozen):
     @property
     def exit_code(self) -> ExitCode:
         """3 when anything failed, 4 when something that has to run did not, else 0."""
-        if worst([finding for _, finding in self.findings]) in (Status.FAIL, Status.ERROR):
+        findings = [finding for _, suite in self.suites for finding in suite]
+        if worst(findings) in (Status.FAIL, Status.ERROR):
             return ExitCode.GATE
         return ExitCode.UNSUPPORTED if self.missing else ExitCode.OK
 

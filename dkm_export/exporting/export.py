@@ -12,20 +12,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from dkm_export import __version__
-from dkm_export.checkpoint import find_checkpoint, load_checkpoint
+from dkm_export.checkpoint import FILE_NAME, find_checkpoint, load_checkpoint
 from dkm_export.errors import DkmError, GateFailed, InvalidInput, Unsupported
 from dkm_export.exporting.exporter import Exporter
 from dkm_export.files import staged
 from dkm_export.manifest import Artifact, FileEntry, LayerEntry, Manifest
 from dkm_export.palettized import PalettizedModel
-from dkm_export.plugins import discover, select
+from dkm_export.plugins import EXPORTERS, discover, select
 from dkm_export.quiet import quiet
 from dkm_export.samples import make_samples, save_samples
 from dkm_export.spec import Frozen
 from dkm_export.validation import explain
 
-GROUP = "dkm_export.exporters"
-CHECKPOINT = "model.dkm.safetensors"
 SAMPLES = "samples.safetensors"
 
 _RECORDED = ("torch", "numpy", "coremltools", "onnx", "onnx-ir", "onnxscript", "executorch")
@@ -57,7 +55,7 @@ def plan_export(
         InvalidInput: when the checkpoint, a target's name or an option is wrong.
         Unsupported: when a target is not installed or cannot hold a layer.
     """
-    exporters: dict[str, Exporter[Any]] = discover(GROUP)
+    exporters: dict[str, Exporter[Any]] = discover(EXPORTERS)
     chosen = select(exporters, exporters if "all" in targets else targets, "target")
     for exporter in chosen:
         reason = exporter.unavailable()
@@ -114,7 +112,7 @@ def export(
         progress("pytorch: reference outputs")
         samples = make_samples(plan.model.build(), plan.model.source)
         save_samples(samples, plan.model.source, root / SAMPLES)
-        shutil.copyfile(plan.checkpoint, root / CHECKPOINT)
+        shutil.copyfile(plan.checkpoint, root / FILE_NAME)
         artifacts = []
         for exporter, options in plan.targets:
             progress(f"{exporter.target}: lowering")
@@ -183,7 +181,7 @@ def _manifest(model: PalettizedModel, artifacts: Sequence[Artifact], root: Path)
         fp32_bytes=model.fp32_bytes,
         palette_bytes=sum(layer.bytes for layer in layers.values()),
         layers=layers,
-        checkpoint=FileEntry.of(root / CHECKPOINT, root),
+        checkpoint=FileEntry.of(root / FILE_NAME, root),
         samples=FileEntry.of(root / SAMPLES, root),
         artifacts=tuple(artifacts),
     )

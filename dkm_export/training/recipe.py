@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from dkm_export.compress import DkmSettings
 from dkm_export.errors import InvalidInput
 from dkm_export.palettized import InputSpec, ModelSource, Name
+from dkm_export.settings import parse_setting
 from dkm_export.spec import CompressionSpec, Frozen
 from dkm_export.validation import explain
 
@@ -97,21 +98,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return recipe
     weights = path.parent / recipe.model.weights
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": weights})})
-
-
-def parse_setting(text: str) -> tuple[list[str], Any]:
-    """``a.b=value`` as ``(["a", "b"], value)``; a value that is not TOML is taken as text.
-
-    Raises:
-        InvalidInput: when there is no key or no ``=``.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
-        raise InvalidInput(f"'{text}' is not a setting: write key=value")
-    try:
-        return key.split("."), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.split("."), value
 
 
 def _override(data: dict[str, Any], text: str) -> None:

@@ -1,0 +1,1 @@
+"""The command line: one small file per verb, each a thin layer over the library."""

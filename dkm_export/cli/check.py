@@ -1,0 +1,107 @@
+"""check an export: palettes bit for bit, every runtime against PyTorch, the task's metric"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dkm_export.cli.terminal import Terminal, ratio
+from dkm_export.errors import ExitCode
+
+if TYPE_CHECKING:
+    from dkm_export.checking.report import Report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``dkm check``."""
+    parser.add_argument(
+        "path", type=Path, metavar="OUT|ARTIFACT", help="an export's folder, or a file in it"
+    )
+    parser.add_argument(
+        "--runtime", action="append", default=[], metavar="R[,R]", help="use only these"
+    )
+    parser.add_argument(
+        "--require", action="append", default=[], metavar="R[,R]", help="exit 4 unless these run"
+    )
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit XML report")
+    parser.add_argument("--force", action="store_true", help="replace an existing report")
+
+
+def run(options: argparse.Namespace, terminal: Terminal) -> int:
+    """Run ``dkm check``."""
+    from dkm_export.checking.check import check
+    from dkm_export.checking.junit import junit_xml
+    from dkm_export.files import require_absent, staged
+
+    if options.junit:
+        require_absent(options.junit, force=options.force)
+    report = check(
+        options.path,
+        runtimes=_names(options.runtime),
+        required=_names(options.require),
+        progress=terminal.progress,
+        verbose=terminal.verbose,
+    )
+    if options.junit:
+        with staged(options.junit, force=options.force) as file:
+            file.write_bytes(junit_xml(report))
+    if terminal.json:
+        terminal.result(report.to_json())
+    else:
+        _print(report, terminal)
+    return report.exit_code
+
+
+def _names(values: list[str]) -> list[str]:
+    return [name for value in values for name in value.split(",") if name]
+
+
+def _print(report: Report, terminal: Terminal) -> None:
+    for owner, findings in report.suites:
+        for finding in findings:
+            print(f"{finding.status:<8} {owner:<17} {finding.check:<17} {finding.message}")
+    print()
+    metric = report.metric_name or "metric"
+    pytorch = [_figure(report.metrics.get(name)) for name in ("fp32", "hard")]
+    artifacts = {artifact.target: artifact for artifact in report.artifacts}
+    rows = []
+    for runtime in report.runtimes:
+        artifact = artifacts[runtime.target]
+        errors = [f"{fidelity.relative_l2:.1e}" for fidelity in runtime.fidelity.values()]
+        rows.append(
+            (
+                runtime.target,
+                artifact.path,
+                f"{artifact.bytes:,}",
+                ratio(report.fp32_bytes, artifact.bytes),
+                *pytorch,
+                _figure(runtime.metric),
+                max(errors, key=float, default="-"),
+                runtime.status,
+                f"{runtime.runtime} ({runtime.where})",
+            )
+        )
+    terminal.table(
+        f"{report.name}: {metric} of PyTorch before and after compression, and of each runtime",
+        (
+            "target",
+            "file",
+            "bytes",
+            "ratio",
+            "fp32",
+            "palettized",
+            "on runtime",
+            "rel. L2",
+            "status",
+            "runtime",
+        ),
+        rows,
+    )
+    for line in report.missing:
+        print(f"not done: {line}")
+    print("passed" if report.exit_code is ExitCode.OK else f"exit code {int(report.exit_code)}")
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

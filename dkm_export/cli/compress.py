@@ -1,0 +1,108 @@
+"""train a model with differentiable k-means as a recipe says, and save its palettes"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dkm_export.cli.terminal import Terminal, ratio, size
+from dkm_export.errors import ExitCode
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``dkm compress``."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    parser.add_argument("-o", "--output", type=Path, metavar="RUN", help="folder to make")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    parser.add_argument("--seed", type=int, help="instead of the recipe's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's key"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan and predicted bytes only"
+    )
+
+
+def run(options: argparse.Namespace, terminal: Terminal) -> int:
+    """Run ``dkm compress``."""
+    from dkm_export.checkpoint import FILE_NAME, save_checkpoint
+    from dkm_export.errors import InvalidInput
+    from dkm_export.files import require_absent, staged
+    from dkm_export.training.recipe import load_recipe
+    from dkm_export.training.stage import run_recipe
+
+    overrides = options.set + ([] if options.seed is None else [f"seed={options.seed}"])
+    recipe = load_recipe(options.recipe, overrides)
+    if options.dry_run:
+        return _show_plan(recipe, terminal)
+    if options.output is None:
+        raise InvalidInput("name the folder to make: -o RUN")
+    require_absent(options.output, force=options.force)
+    with terminal.training_progress() as progress:
+        model, metrics = run_recipe(recipe, progress)
+    with staged(options.output, force=options.force) as folder:
+        folder.mkdir()
+        save_checkpoint(model, folder / FILE_NAME)
+        (folder / "metrics.json").write_text(metrics.model_dump_json(indent=2) + "\n")
+    file = options.output / FILE_NAME
+    if terminal.json:
+        terminal.result({"checkpoint": str(file), "metrics": metrics.model_dump(mode="json")})
+        return ExitCode.OK
+    rows: list[tuple[str, object]] = [
+        ("checkpoint", file),
+        ("bytes", size(file.stat().st_size)),
+        ("ratio to fp32", ratio(metrics.sizes.fp32, file.stat().st_size)),
+    ]
+    if metrics.fp32 is not None and metrics.hard is not None:
+        rows += [
+            (f"fp32 {metrics.metric}", f"{metrics.fp32:.2f}"),
+            (f"palettized {metrics.metric}", f"{metrics.hard:.2f}"),
+        ]
+    if metrics.epochs:
+        rows.append(("soft - hard gap", f"{metrics.epochs[-1].gap:+.2f}"))
+    for name, value in rows:
+        print(f"{name:<20} {value}")
+    return ExitCode.OK
+
+
+def _show_plan(recipe: object, terminal: Terminal) -> int:
+    from dkm_export.training.recipe import Recipe
+    from dkm_export.training.stage import plan_recipe
+
+    assert isinstance(recipe, Recipe)
+    layers = plan_recipe(recipe)
+    if terminal.json:
+        terminal.result(
+            {
+                "layers": [
+                    {
+                        "name": layer.name,
+                        "kind": layer.kind.value,
+                        "shape": list(layer.layout.shape),
+                        "bits": layer.bits,
+                        "dim": layer.layout.dim,
+                        "bytes": layer.nbytes,
+                        "reason": layer.reason,
+                    }
+                    for layer in layers
+                ]
+            }
+        )
+        return ExitCode.OK
+    terminal.table(
+        f"plan for {recipe.model.name}",
+        ("layer", "kind", "shape", "bits", "dim", "bytes", ""),
+        [
+            (
+                layer.name,
+                layer.kind,
+                "x".join(map(str, layer.layout.shape)),
+                layer.bits or "-",
+                layer.layout.dim if layer.bits else "-",
+                layer.nbytes,
+                f"dense: {layer.reason}" if layer.reason else "",
+            )
+            for layer in layers
+        ],
+    )
+    return ExitCode.OK

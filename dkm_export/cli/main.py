@@ -1,0 +1,68 @@
+"""The ``dkm`` program: parses arguments, runs a verb, turns errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from dkm_export import __version__
+from dkm_export.cli import check, compress, export, inspect, targets
+from dkm_export.cli.terminal import Terminal
+from dkm_export.errors import DkmError, ExitCode
+
+_INTERRUPTED = 130
+_VERBS = (compress, export, check, inspect, targets)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``dkm`` with ``arguments`` (those of the process by default); returns the exit code."""
+    options = _parser().parse_args(arguments)
+    terminal = Terminal(json=options.json, quiet=options.quiet, verbose=options.verbose)
+    try:
+        return int(options.run(options, terminal))
+    except DkmError as error:
+        if options.verbose:
+            traceback.print_exc()
+        terminal.error(str(error), error.exit_code)
+        return error.exit_code
+    except KeyboardInterrupt:
+        terminal.error("interrupted", _INTERRUPTED)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has seen enough.
+        sys.stderr.close()
+        return ExitCode.OK
+    except Exception as error:
+        traceback.print_exc()
+        terminal.error(f"internal error, please report it: {error}", ExitCode.INTERNAL)
+        return ExitCode.INTERNAL
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    volume = common.add_mutually_exclusive_group()
+    volume.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    volume.add_argument(
+        "-v", "--verbose", action="store_true", help="what libraries print, and tracebacks"
+    )
+    parser = argparse.ArgumentParser(
+        prog="dkm",
+        description="Palettize PyTorch models with differentiable k-means, export them to "
+        "Core ML, ONNX and ExecuTorch, and check every artifact.",
+        epilog="exit codes: 0 ok, 1 internal error, 2 wrong usage or input, 3 an artifact failed "
+        "a check, 4 a target or runtime cannot do it or is not installed",
+    )
+    parser.add_argument("--version", action="version", version=f"dkm {__version__}")
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for verb in _VERBS:
+        name = verb.__name__.rpartition(".")[2]
+        summary = (verb.__doc__ or "").strip()
+        subparser = verbs.add_parser(
+            name, parents=[common], help=summary, description=summary, allow_abbrev=False
+        )
+        verb.add_arguments(subparser)
+        subparser.set_defaults(run=verb.run)
+    return parser

@@ -1,0 +1,105 @@
+"""What the user sees: prose and progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dkm_export.training.stage import Progress
+
+_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """Where a command prints.
+
+    Attributes:
+        json: results go to stdout as one JSON object instead of as tables.
+        quiet: no progress.
+        verbose: let libraries print what they want to.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    def progress(self, message: str) -> None:
+        """A line about what happens now."""
+        if not self.quiet:
+            print(message, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def training_progress(self) -> Iterator[Progress]:
+        """A progress bar on a screen; a line per tenth of a phase elsewhere."""
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        console = Console(stderr=True, quiet=self.quiet)
+        if not console.is_terminal:
+            yield self._training_line
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        with Bar(*columns, console=console) as bar:
+            phases: dict[str, Any] = {}
+
+            def update(status: str, done: int, total: int) -> None:
+                phase = status.partition(" ")[0]
+                if phase not in phases:
+                    phases[phase] = bar.add_task(status, total=total)
+                bar.update(phases[phase], completed=done, description=status)
+
+            yield update
+
+    def _training_line(self, status: str, done: int, total: int) -> None:
+        if done * 10 // total > (done - 1) * 10 // total:
+            self.progress(status)
+
+    def result(self, data: dict[str, Any]) -> None:
+        """The one JSON object of ``--json``."""
+        print(json.dumps({"schema_version": _SCHEMA_VERSION} | data, indent=2))
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table with numbers to the right, as wide as its content: a log has no width."""
+        cells = [[str(cell) for cell in row] for row in rows]
+        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+        numeric = [
+            all(not row[i] or row[i][0].isdigit() or row[i] == "-" for row in cells)
+            for i in range(len(header))
+        ]
+
+        def line(row: Sequence[str]) -> str:
+            padded = (
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(row, widths, numeric, strict=True)
+            )
+            return "  ".join(padded).rstrip()
+
+        print(title)
+        print(line(header))
+        print("  ".join("-" * width for width in widths))
+        for row in cells:
+            print(line(row))
+
+    def error(self, message: str, code: int) -> None:
+        """One line on stderr; with ``--json`` also an object on stdout."""
+        line = " ".join(message.split())
+        print(f"dkm: error: {line}", file=sys.stderr)
+        if self.json:
+            self.result({"error": {"message": line, "exit_code": int(code)}})
+
+
+def size(count: int) -> str:
+    """Bytes in both units: the DKM paper writes MB and means MiB."""
+    return f"{count:,} B ({count / 1e6:.3f} MB, {count / 2**20:.3f} MiB)"
+
+
+def ratio(whole: int, part: int) -> str:
+    """How many times smaller, as ``12.3x``."""
+    return f"{whole / part:.1f}x" if part else "-"
