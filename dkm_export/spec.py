@@ -28,7 +28,7 @@ Dim = Annotated[int, Field(ge=1, le=MAX_DIM)]
 class Frozen(BaseModel):
     """Base of all settings: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
 
 
 class LayerRule(Frozen):

@@ -31,8 +31,9 @@ class Limits(Frozen):
 
     def tolerance(self, reference: FloatArray) -> FloatArray:
         """Largest allowed absolute error of each element."""
-        magnitude: FloatArray = np.abs(reference)
-        return self.atol * magnitude.max(initial=0.0) + self.rtol * magnitude
+        magnitude = np.abs(reference)
+        allowed: FloatArray = self.atol * magnitude.max(initial=0.0) + self.rtol * magnitude
+        return allowed
 
 
 LIMITS = {
@@ -49,7 +50,7 @@ class Fidelity(Frozen):
         max_abs: largest absolute error.
         relative_l2: norm of the error over norm of the reference.
         sqnr_db: signal to error ratio in dB; None when the output is exact.
-        cosine: of output and reference, flattened.
+        cosine: of output and reference, flattened; 0 when either is zero or not finite.
         outside: elements beyond `Limits.tolerance`.
         nonfinite: elements that are NaN or infinite where the reference is not.
     """
@@ -67,14 +68,15 @@ def compare(reference: npt.NDArray[Any], output: npt.NDArray[Any], limits: Limit
     expected, actual = reference.astype(np.float64), output.astype(np.float64)
     nonfinite = int((~np.isfinite(actual) & np.isfinite(expected)).sum())
     error = np.nan_to_num(actual - expected, nan=np.inf)
-    signal, noise = float(np.linalg.norm(expected)), float(np.linalg.norm(error))
+    signal = float(np.linalg.norm(expected))
+    noise = np.inf if nonfinite else float(np.linalg.norm(error))
     relative = noise / signal if signal else (np.inf if noise else 0.0)
-    norms = signal * float(np.linalg.norm(np.nan_to_num(actual)))
+    norms = 0.0 if nonfinite else signal * float(np.linalg.norm(actual))
     return Fidelity(
         max_abs=float(np.abs(error).max(initial=0.0)),
         relative_l2=relative,
         sqnr_db=float(-20 * np.log10(relative)) if relative else None,
-        cosine=float(np.vdot(expected, np.nan_to_num(actual))) / norms if norms else 0.0,
+        cosine=float(np.vdot(expected, actual)) / norms if norms else 0.0,
         outside=int((np.abs(error) > limits.tolerance(expected)).sum()),
         nonfinite=nonfinite,
     )

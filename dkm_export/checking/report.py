@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, Literal
@@ -121,7 +122,8 @@ class Report(Frozen):
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values, with the statuses that follow from it."""
-        data = self.model_dump(mode="json")
+        # by way of text, where pydantic writes null for the infinite error of a NaN
+        data: dict[str, Any] = json.loads(self.model_dump_json())
         for entry, runtime in zip(data["runtimes"], self.runtimes, strict=True):
             entry["status"] = runtime.status.value
         return data | {"exit_code": int(self.exit_code), "missing": self.missing}

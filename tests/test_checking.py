@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from dkm_export.checking.junit import junit_xml
+from dkm_export.checking.metrics import LIMITS, agreement, compare, sensitivity, violations
+from dkm_export.checking.report import ArtifactReport, Finding, Report, RuntimeReport, Status
+from dkm_export.checking.runtime import NumericClass
+from dkm_export.errors import ExitCode
+
+FP32 = LIMITS[NumericClass.FP32]
+REFERENCE = np.random.default_rng(0).normal(size=(8, 10)).astype(np.float32)
+
+
+def test_an_exact_output_has_no_violations() -> None:
+    fidelity = compare(REFERENCE, REFERENCE.copy(), FP32)
+    assert (fidelity.max_abs, fidelity.relative_l2, fidelity.sqnr_db) == (0, 0, None)
+    assert fidelity.cosine == pytest.approx(1)
+    assert violations(fidelity, FP32) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(1e-3, "relative L2"), (np.nan, "1 elements are NaN"), (np.inf, "1 elements are NaN")],
+)
+def test_a_wrong_element_is_a_violation(error: float, message: str) -> None:
+    output = REFERENCE.copy()
+    output[3, 3] += error
+    assert message in violations(compare(REFERENCE, output, FP32), FP32)[0]
+
+
+def test_figures_are_what_they_say() -> None:
+    fidelity = compare(np.array([3.0, 4.0]), np.array([3.0, 4.5]), FP32)
+    assert fidelity.max_abs == 0.5
+    assert fidelity.relative_l2 == pytest.approx(0.1)
+    assert fidelity.sqnr_db == pytest.approx(20)
+    assert fidelity.outside == 1
+
+
+def test_predictions_may_differ_only_in_ties() -> None:
+    reference = np.array([[1.0, 0.0], [1.0, 1.0 - 1e-7]])
+    swapped = reference[:, ::-1]
+    found = agreement(reference, swapped, FP32)
+    assert found is not None
+    assert (found.differing, found.ties) == (1, 1)
+    assert agreement(np.zeros((4, 1)), np.zeros((4, 1)), FP32) is None
+
+
+def test_sensitivity_sees_constant_outputs() -> None:
+    assert sensitivity(np.ones((8, 3))) == 0
+    assert sensitivity(np.zeros((8, 3))) == 0
+    assert sensitivity(REFERENCE) > 0.9
+
+
+def _report(status: Status, ran: Status = Status.PASS, **values: object) -> Report:
+    finding = Finding(check="structure", status=status, message="a <message> & more")
+    run = Finding(check="run", status=ran, message="why")
+    artifact = ArtifactReport(target="onnx", path="onnx/a.onnx", bytes=1, findings=(finding,))
+    runtime = RuntimeReport(runtime="ort", target="onnx", where="here", findings=(run,))
+    fields: dict[str, object] = {
+        "name": "a",
+        "versions": {},
+        "checkpoint_sha256": "",
+        "fp32_bytes": 1,
+        "metric_name": None,
+        "metrics": {},
+        "reference": (),
+        "artifacts": (artifact,),
+        "runtimes": (runtime,),
+    }
+    return Report.model_validate(fields | values)
+
+
+@pytest.mark.parametrize(
+    ("report", "code"),
+    [
+        (_report(Status.PASS), ExitCode.OK),
+        (_report(Status.FAIL), ExitCode.GATE),
+        (_report(Status.PASS, Status.ERROR), ExitCode.GATE),
+        # not_run is never a pass: an artifact that nothing ran is not checked
+        (_report(Status.PASS, Status.NOT_RUN), ExitCode.UNSUPPORTED),
+        (_report(Status.PASS, required=("device",)), ExitCode.UNSUPPORTED),
+        (_report(Status.FAIL, required=("device",)), ExitCode.GATE),
+    ],
+)
+def test_exit_codes(report: Report, code: ExitCode) -> None:
+    assert report.exit_code is code
+    assert report.to_json()["exit_code"] == code
+
+
+def test_junit_has_a_suite_per_runtime_and_artifact() -> None:
+    root = ElementTree.fromstring(junit_xml(_report(Status.FAIL, Status.NOT_RUN)))
+    suites = {suite.get("name"): suite for suite in root}
+    assert suites["onnx file"].get("failures") == "1"
+    assert suites["onnx file"].find("testcase/failure").get("message") == "a <message> & more"  # type: ignore[union-attr]
+    assert suites["ort"].get("skipped") == "1"
+    assert suites["required"].get("failures") == "1"

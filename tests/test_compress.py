@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dkm_export.compress import (
+    DkmSettings,
+    finalize,
+    prepare,
+    set_temperature,
+    soft_weights,
+)
+from dkm_export.errors import InvalidInput
+from dkm_export.palettized import InputSpec, ModelSource
+from dkm_export.spec import CompressionSpec, LayerRule
+from tests.zoo import IMAGE, TOKENS, convolutions, tokens
+
+SOURCE = ModelSource(name="convolutions", factory="tests.zoo:convolutions", inputs=IMAGE)
+
+
+def _spec(**rule: int) -> CompressionSpec:
+    return CompressionSpec(rules=(LayerRule(**rule),), small_layer_size=0)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8])
+@pytest.mark.parametrize("dim", [1, 2, 4, 8])
+def test_finalized_model_is_the_prepared_one_in_eval_mode(bits: int, dim: int) -> None:
+    for factory, inputs in ((convolutions, IMAGE), (tokens, TOKENS)):
+        model, spec = factory(), _spec(bits=bits, dim=dim)
+        layers = prepare(model, spec)
+        name = factory.__name__
+        source = ModelSource(name=name, factory=f"tests.zoo:{name}", inputs=inputs)
+        palettized = finalize(model, spec, source)
+        assert palettized.palettes.keys() == {x.name for x in layers if x.bits is not None}
+        sample = inputs[0].random(torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            assert torch.equal(palettized.build()(sample), model(sample))
+        for palette in palettized.palettes.values():
+            assert np.array_equal(palette.lut, palette.lut.astype(np.float32).astype(np.float16))
+
+
+def test_every_weight_has_its_nearest_centroid() -> None:
+    model, spec = convolutions(), _spec(bits=4)
+    before = model.get_parameter("stem.0.weight").detach().clone()
+    prepare(model, spec)
+    palette = finalize(model, spec, SOURCE).palettes["stem.0.weight"]
+    lut = palette.lut.astype(np.float64).reshape(-1)
+    error = np.abs(before.double().numpy() - palette.dense())
+    best = np.abs(before.double().numpy()[..., None] - lut).min(-1)
+    np.testing.assert_allclose(error, best, atol=1e-7)
+
+
+def test_training_moves_weights_and_centroids_and_keeps_the_model_s_code() -> None:
+    model, spec = convolutions(), _spec(bits=2, dim=2)
+    kinds = [type(part) for part in model.children()]
+    prepare(model, spec)
+    before = finalize(model, spec, SOURCE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        sample = IMAGE[0].random(torch.Generator().manual_seed(0)).repeat(4, 1, 1, 1)
+        loss = model.train()(sample).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = finalize(model.eval(), spec, SOURCE)
+    assert all(
+        not np.array_equal(after.palettes[name].lut, palette.lut)
+        for name, palette in before.palettes.items()
+    )
+    assert all(map(isinstance, model.children(), kinds))
+
+
+def test_evaluation_with_soft_weights_changes_nothing() -> None:
+    model, spec = convolutions(), _spec(bits=2)
+    prepare(model, spec)
+    model.eval()
+    sample = IMAGE[0].random(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        hard = model(sample)
+        with soft_weights(model):
+            soft = model(sample)
+        assert not torch.equal(soft, hard)
+        assert torch.equal(model(sample), hard)
+
+
+def test_padding_where_dim_does_not_divide() -> None:
+    model = nn.Linear(33, 50)
+    spec = _spec(bits=3, dim=4)
+    prepare(model, spec)
+    source = ModelSource(
+        name="line",
+        factory="torch.nn:Linear",
+        arguments={"in_features": 33, "out_features": 50},
+        inputs=(InputSpec(name="x", shape=(1, 33)),),
+    )
+    palettized = finalize(model, spec, source)
+    assert palettized.palettes["weight"].layout.padding == 2
+    assert torch.equal(palettized.build().get_parameter("weight"), model.eval().weight)
+    model.train()(torch.randn(2, 33)).sum().backward()
+
+
+def test_absolute_temperature_is_taken_as_it_is() -> None:
+    model = nn.Linear(32, 32)
+    prepare(model, _spec(bits=2), DkmSettings(tau=0.25, tau_unit="absolute"))
+    set_temperature(model, 0.125)
+    assert model.parametrizations["weight"][0].tau.item() == 0.125  # type: ignore[index]
+
+
+def test_a_constant_weight_survives_training() -> None:
+    model = nn.Linear(64, 64)
+    nn.init.constant_(model.weight, 0.5)
+    prepare(model, _spec(bits=2))
+    model.train()(torch.randn(2, 64)).sum().backward()
+    assert torch.isfinite(model.parametrizations["weight"].original.grad).all()  # type: ignore[union-attr]
+    assert torch.equal(model.eval().weight, torch.full((64, 64), 0.5))
+
+
+def test_weights_that_no_palette_can_hold() -> None:
+    model, spec = nn.Sequential(nn.Linear(32, 32)), _spec(bits=4)
+    with torch.no_grad():
+        model[0].weight[0, 0] = 1e6
+    prepare(model, spec)
+    with pytest.raises(InvalidInput, match=r"0.weight: centroids are not finite in float16"):
+        finalize(model, spec, SOURCE)
+    model = nn.Sequential(nn.Linear(32, 32))
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    with pytest.raises(InvalidInput, match=r"0.weight: weights are not finite"):
+        prepare(model, spec)
+
+
+def test_a_model_is_prepared_only_once() -> None:
+    model, spec = convolutions(), _spec(bits=2)
+    prepare(model, spec)
+    with pytest.raises(InvalidInput, match=r"stem.0.weight is parametrized already"):
+        prepare(model, spec)

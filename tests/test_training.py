@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dkm_models
+from dkm_export.checkpoint import save_checkpoint
+from dkm_export.errors import InvalidInput
+from dkm_export.training.recipe import Recipe, load_recipe
+from dkm_export.training.stage import plan_recipe, run_recipe
+
+RECIPES = Path(dkm_models.__path__[0]) / "recipes"
+SHORT = ("train.epochs=2", "dkm.epochs=1", "train.batch_size=256", "dkm.batch_size=512")
+
+
+def _ignore(status: str, done: int, total: int) -> None:
+    assert 0 < done <= total
+    assert status
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_recipes_that_we_ship_are_valid(recipe: Path) -> None:
+    assert plan_recipe(load_recipe(recipe))
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPES / "digits.toml", SHORT)
+    for name in ("a", "b"):
+        model, metrics = run_recipe(recipe, _ignore)
+        save_checkpoint(model, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert metrics.fp32 is not None
+    assert metrics.hard == metrics.epochs[-1].hard
+    assert metrics.epochs[0].gap == metrics.epochs[0].soft - metrics.epochs[0].hard
+    assert metrics.sizes.fp32 > 10 * (metrics.sizes.palettes + metrics.sizes.dense)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_post_training_from_a_file_of_weights(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(3)
+    state = torch.nn.Linear(64, 64).state_dict()
+    file = tmp_path / f"weights.{suffix}"
+    if suffix == "pt":
+        torch.save(state, file)
+    else:
+        save_file(state, file)
+    (tmp_path / "recipe.toml").write_text(
+        f"""
+        [model]
+        name = "line"
+        factory = "torch.nn:Linear"
+        arguments = {{ in_features = 64, out_features = 64 }}
+        weights = "{file.name}"
+        inputs = [{{ name = "x", shape = [1, 64] }}]
+        [dkm]
+        epochs = 0
+        [compression]
+        small_layer_size = 0
+        rules = [{{ bits = 4 }}]
+        """
+    )
+    model, metrics = run_recipe(load_recipe(tmp_path / "recipe.toml"), _ignore)
+    assert (metrics.fp32, metrics.hard, metrics.epochs) == (None, None, ())
+    error = torch.from_numpy(model.palettes["weight"].dense()) - state["weight"]
+    assert error.norm() < 0.1 * state["weight"].norm()
+
+
+def test_a_pickle_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (str(tmp_path / "executed"),)
+
+    torch.save({"weight": Evil()}, tmp_path / "evil.pt")
+    recipe = load_recipe(RECIPES / "mobilenet_v1_random.toml")
+    model = recipe.model.model_copy(update={"weights": tmp_path / "evil.pt"})
+    with pytest.raises(InvalidInput, match="neither safetensors nor a plain state dict"):
+        run_recipe(recipe.model_copy(update={"model": model}), _ignore)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_divergence_is_an_error() -> None:
+    recipe = load_recipe(RECIPES / "digits.toml", [*SHORT, "train.learning_rate=1e30"])
+    with pytest.raises(InvalidInput, match=r"fp32: the loss is (nan|inf) .*learning rate"):
+        run_recipe(recipe, _ignore)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dkm.epoch=3", "'dkm.epoch': unknown key, allowed: tau, .*epochs"),
+        ("compression.rules=[{bit=4}]", "'compression.rules.0.bit': unknown key, allowed: pattern"),
+        ("compression.rules=[{}]", "a rule has either bits .* or skip"),
+        ("colour=1", "'colour': unknown key, allowed: seed, task, model"),
+        ("model.name=a/b", "'model.name': String should match"),
+        ("dkm.epochs=-1", "'dkm.epochs': Input should be greater than or equal to 0"),
+        ("dkm.tau_unit=volts", "'inertia' or 'absolute'"),
+        ("seed.x=1", "'seed' is not a table"),
+        ("nonsense", "write key=value"),
+    ],
+)
+def test_wrong_keys_are_named(override: str, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        load_recipe(RECIPES / "digits.toml", [override])
+
+
+def test_wrong_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"none.toml: No such file"):
+        load_recipe(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("a = = 1")
+    with pytest.raises(InvalidInput, match=r"bad.toml: not TOML: .*line 1"):
+        load_recipe(tmp_path / "bad.toml")
+
+
+def test_training_needs_a_task() -> None:
+    with pytest.raises(InvalidInput, match="needs a 'task'"):
+        load_recipe(RECIPES / "mobilenet_v1_random.toml", ["dkm.epochs=1"])
+
+
+def test_overrides_reach_the_recipe() -> None:
+    recipe: Recipe = load_recipe(RECIPES / "digits.toml", ["dkm.tau=0.25", "seed=7"])
+    assert (recipe.dkm.tau, recipe.seed) == (0.25, 7)
