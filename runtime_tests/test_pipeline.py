@@ -1,0 +1,171 @@
+"""The whole path as a user walks it: compress, export to all targets, check on every runtime."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+import dkm_models
+from dkm_export.checkpoint import load_checkpoint
+from dkm_export.cli.main import main
+from dkm_export.files import files_below
+
+RECIPES = Path(dkm_models.__path__[0]) / "recipes"
+RUNTIMES = ("onnxruntime", "executorch", "coreml-reference")
+LAYER = "features.10.weight"
+
+Dkm = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def dkm(capfd: pytest.CaptureFixture[str]) -> Dkm:
+    """Run ``dkm ... --json``; returns the exit code and the object."""
+
+    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
+        capfd.readouterr()
+        code = main([*map(str, arguments), "--json"])
+        return code, json.loads(capfd.readouterr().out)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shortly trained digits network."""
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    short = ["--set", "train.epochs=3", "--set", "dkm.epochs=1"]
+    assert main(["compress", str(RECIPES / "digits.toml"), "-o", str(folder), "-q", *short]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def export(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "out"
+    assert main(["export", "--target", "all", str(run), "-o", str(folder), "-q"]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(export: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(export, tmp_path / "out"))
+
+
+def test_every_runtime_agrees_with_pytorch(dkm: Dkm, export: Path, tmp_path: Path) -> None:
+    junit = tmp_path / "report.xml"
+    code, report = dkm("check", export, "--require", ",".join(RUNTIMES), "--junit", junit)
+    assert code == 0
+    runtimes = {entry["runtime"]: entry for entry in report["runtimes"]}
+    for name in RUNTIMES:
+        assert runtimes[name]["status"] == "pass"
+        assert abs(runtimes[name]["metric"] - report["metrics"]["hard"]) < 0.5
+    assert runtimes["coreml"]["status"] in ("not_run", "pass")
+    for artifact in report["artifacts"]:
+        assert report["fp32_bytes"] > 8 * artifact["bytes"]
+    suites = {suite.get("name") for suite in ElementTree.parse(junit).getroot()}
+    assert suites > set(RUNTIMES)
+    code, report = dkm("check", export, "--junit", junit)
+    assert (code, report["error"]["exit_code"]) == (2, 2)
+
+
+def test_the_same_export_twice_gives_the_same_bytes(
+    dkm: Dkm, run: Path, export: Path, tmp_path: Path
+) -> None:
+    code, again = dkm("export", "--target", "all", run, "-o", tmp_path / "again")
+    assert code == 0
+    assert again["manifest"] == json.loads((export / "manifest.json").read_text())
+
+
+def test_inspect_reads_every_kind_of_file(dkm: Dkm, run: Path, export: Path) -> None:
+    _, expected = dkm("inspect", run)
+    for artifact in json.loads((export / "manifest.json").read_text())["artifacts"]:
+        code, found = dkm("inspect", export / artifact["path"])
+        assert code == 0
+        assert found["layers"] == expected["layers"]
+        assert found["bytes"] == artifact["bytes"]
+
+
+@pytest.mark.parametrize("target", ["coreml", "onnx", "executorch", "model.dkm.safetensors"])
+def test_one_changed_lut_entry_fails_and_is_named(dkm: Dkm, copy: Path, target: str) -> None:
+    lut = load_checkpoint(copy / "model.dkm.safetensors").palettes[LAYER].lut
+    encodings = [lut.tobytes(), lut.astype(np.float32).tobytes()]
+    changed = 0
+    for file in files_below(copy / target):
+        data = file.read_bytes()
+        for stored in encodings:
+            if stored in data:
+                # flip the lowest mantissa bit of one entry
+                entry = bytearray(stored)
+                entry[-len(stored) // lut.size] ^= 1
+                file.write_bytes(data.replace(stored, bytes(entry)))
+                changed += 1
+    assert changed == 1
+    code, report = dkm("check", copy)
+    assert code == 3
+    failures = [
+        finding["message"]
+        for artifact in report["artifacts"]
+        for finding in artifact["findings"]
+        if finding["status"] == "fail"
+    ]
+    assert any(message.startswith(f"{LAYER}: 1 of") for message in failures), failures
+
+
+def test_a_single_artifact_can_be_checked(dkm: Dkm, export: Path) -> None:
+    code, report = dkm("check", export / "onnx" / "digits_cnn.onnx")
+    assert code == 0
+    assert [entry["target"] for entry in report["artifacts"]] == ["onnx"]
+    code, report = dkm("check", export / "samples.safetensors")
+    assert code == 2
+    assert "is no artifact" in report["error"]["message"]
+
+
+def test_a_required_runtime_that_cannot_run(dkm: Dkm, export: Path) -> None:
+    code, report = dkm("check", export, "--runtime", "coreml-reference", "--require", "coreml")
+    if report["runtimes"][0]["status"] == "not_run":
+        assert code == 4
+        assert report["missing"] == ["runtime coreml did not run"]
+
+
+def test_files_that_are_not_what_was_exported(dkm: Dkm, copy: Path) -> None:
+    (copy / "onnx" / "digits_cnn.onnx").write_bytes(b"nonsense")
+    (copy / "executorch" / "digits_cnn.pte").unlink()
+    code, report = dkm("check", copy)
+    assert code == 3
+    assert [r["status"] for r in report["runtimes"] if r["target"] != "coreml"] == ["error"] * 2
+
+
+def test_stale_samples_are_noticed(dkm: Dkm, copy: Path) -> None:
+    file = copy / "samples.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 0x40
+    file.write_bytes(bytes(data))
+    code, report = dkm("check", copy, "--runtime", "onnxruntime")
+    assert code == 3
+    assert [finding["status"] for finding in report["reference"]] == ["fail", "fail"]
+
+
+def test_a_cut_checkpoint_is_wrong_input(dkm: Dkm, copy: Path) -> None:
+    file = copy / "model.dkm.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    code, report = dkm("check", copy)
+    assert code == 2
+    assert "cut short" in report["error"]["message"]
+
+
+@pytest.mark.slow
+def test_mobilenet_at_full_size(dkm: Dkm, tmp_path: Path) -> None:
+    recipe = RECIPES / "mobilenet_v1_random.toml"
+    assert dkm("compress", recipe, "-o", tmp_path / "run")[0] == 0
+    assert dkm("export", "--target", "all", tmp_path / "run", "-o", tmp_path / "out")[0] == 0
+    code, report = dkm("check", tmp_path / "out", "--require", ",".join(RUNTIMES))
+    assert code == 0
+    assert report["fp32_bytes"] > 16.9e6
+    for artifact in report["artifacts"]:
+        assert artifact["bytes"] <= 1.15e6
