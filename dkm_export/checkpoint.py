@@ -8,33 +8,26 @@ object: schema version, tool version, source, spec and the layout of each palett
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from dkm_export import __version__
+from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
 from dkm_export.files import staged
-from dkm_export.palette import Layout, Palette, unpack
+from dkm_export.palette import Palette, unpack
 from dkm_export.palettized import ModelSource, PalettizedModel
-from dkm_export.spec import Bits, CompressionSpec, Dim, Frozen
+from dkm_export.spec import CompressionSpec, Frozen
 from dkm_export.validation import explain
 
 SUFFIX = ".dkm.safetensors"
 FILE_NAME = f"model{SUFFIX}"
 _KEY = "dkm"
-
-
-class _Layer(Frozen):
-    bits: Bits
-    dim: Dim
-    axis: Annotated[int, Field(ge=0)]
-    groups: Annotated[int, Field(ge=1)]
-    shape: tuple[Annotated[int, Field(ge=1)], ...]
 
 
 class _Header(Frozen):
@@ -43,7 +36,7 @@ class _Header(Frozen):
     source: ModelSource
     spec: CompressionSpec
     metrics: dict[str, float]
-    layers: dict[str, _Layer]
+    layers: dict[str, PaletteEntry]
 
 
 def save_checkpoint(model: PalettizedModel, path: Path, *, force: bool = False) -> None:
@@ -55,16 +48,9 @@ def save_checkpoint(model: PalettizedModel, path: Path, *, force: bool = False) 
     tensors = dict(model.dense)
     layers = {}
     for name, palette in model.palettes.items():
-        layout = palette.layout
         tensors[f"{name}.lut"] = torch.from_numpy(palette.lut)
         tensors[f"{name}.indices"] = torch.from_numpy(palette.packed)
-        layers[name] = _Layer(
-            bits=palette.bits,
-            dim=layout.dim,
-            axis=layout.axis,
-            groups=layout.groups,
-            shape=layout.shape,
-        )
+        layers[name] = PaletteEntry.of(palette)
     header = _Header(
         tool_version=__version__,
         source=model.source,
@@ -98,10 +84,10 @@ def load_checkpoint(path: Path) -> PalettizedModel:
     except ValidationError as error:
         raise InvalidInput(f"{path}: {explain(error, _Header)}") from error
     palettes = {}
-    for name, layer in header.layers.items():
+    for name, entry in header.layers.items():
         try:
             palettes[name] = _palette(
-                layer, tensors.pop(f"{name}.lut"), tensors.pop(f"{name}.indices")
+                entry, tensors.pop(f"{name}.lut"), tensors.pop(f"{name}.indices")
             )
         except KeyError as error:
             raise InvalidInput(f"{path}: tensor {error} is missing") from error
@@ -115,13 +101,13 @@ def find_checkpoint(path: Path) -> Path:
     return path / FILE_NAME if path.is_dir() else path
 
 
-def _palette(layer: _Layer, lut: Tensor, packed: Tensor) -> Palette:
-    layout = Layout(layer.shape, layer.dim, layer.axis, layer.groups)
+def _palette(entry: PaletteEntry, lut: Tensor, packed: Tensor) -> Palette:
+    layout = entry.layout
     if lut.dtype != torch.float16 or packed.dtype != torch.uint8 or packed.dim() != 1:
         raise InvalidInput(
             f"LUT is {lut.dtype} and indices are {packed.dtype}{list(packed.shape)}, "
             "expected torch.float16 and flat torch.uint8"
         )
     # `unpack` compares the count with the bytes that are there before it allocates anything.
-    indices = unpack(packed.numpy(), layer.bits, layout.vectors).reshape(layout.index_shape)
-    return Palette(layer.bits, layout, lut.numpy(), indices)
+    indices = unpack(packed.numpy(), entry.bits, layout.vectors).reshape(layout.index_shape)
+    return Palette(entry.bits, layout, lut.numpy(), indices)

@@ -79,7 +79,7 @@ def plan(model: nn.Module, spec: CompressionSpec) -> list[LayerPlan]:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LayerKind, nn.Parameter]]:
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):
         kind = kind_of(module)
         if kind is None:
             continue

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, ValidationError
 
+from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
 from dkm_export.files import files_below, sha256
 from dkm_export.spec import Frozen
@@ -66,14 +67,9 @@ class Artifact(Frozen):
         )
 
 
-class LayerEntry(Frozen):
+class LayerEntry(PaletteEntry):
     """One palette; ``bytes`` counts its packed indices and float16 LUT."""
 
-    shape: tuple[int, ...]
-    bits: int
-    dim: int
-    axis: int
-    groups: int
     bytes: int
 
 

@@ -73,6 +73,11 @@ class ModelSource(Frozen):
     outputs: Annotated[tuple[Name, ...], Field(min_length=1)] = ("output",)
     task: str | None = None
 
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """Inputs to trace the model with, always the same."""
+        generator = torch.Generator().manual_seed(0)
+        return tuple(spec.random(generator) for spec in self.inputs)
+
     @model_validator(mode="after")
     def _distinct_names(self) -> Self:
         names = [*(spec.name for spec in self.inputs), *self.outputs]

@@ -74,6 +74,9 @@ def test_plan_refuses_tied_weights_and_bad_layouts() -> None:
     rules = (LayerRule(bits=2),)
     with pytest.raises(InvalidInput, match=r"0.weight and 1.weight are one tied weight"):
         plan(tied, CompressionSpec(rules=rules, small_layer_size=0))
+    shared = nn.Linear(32, 32)
+    with pytest.raises(InvalidInput, match=r"0.weight and 1.weight are one tied weight"):
+        plan(nn.Sequential(shared, shared), CompressionSpec(rules=rules, small_layer_size=0))
     odd = CompressionSpec(rules=(LayerRule(bits=2, groups=3),), small_layer_size=0)
     with pytest.raises(InvalidInput, match=r"weight: groups 3 does not divide axis 0"):
         plan(nn.Linear(32, 32), odd)

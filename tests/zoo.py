@@ -64,9 +64,10 @@ def lively(module: nn.Module, seed: int = 0) -> nn.Module:
                 part.running_var.uniform_(0.5, 2, generator=generator)
                 part.weight.uniform_(0.5, 1.5, generator=generator)
                 part.bias.normal_(0, 0.3, generator=generator)
-            elif isinstance(getattr(part, "weight", None), nn.Parameter) and part.weight.dim() > 1:
-                fan_in = part.weight[0].numel()
-                part.weight.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+                continue
+            for parameter in part.parameters(recurse=False):
+                fan_in = parameter[0].numel() if parameter.dim() > 1 else 50
+                parameter.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
     return module.eval()
 
 

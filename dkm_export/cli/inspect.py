@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dkm_export.cli.terminal import Terminal, size
+from dkm_export.entry import PaletteEntry
 from dkm_export.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -49,16 +50,9 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     return ExitCode.OK
 
 
-_KEYS = ("bits", "dim", "axis", "groups", "index bytes", "lut bytes")
+_KEYS = ("bits", "dim", "axis", "groups", "index_bytes", "lut_bytes")
 
 
 def _describe(palette: Palette) -> dict[str, object]:
-    return {
-        "shape": list(palette.layout.shape),
-        "bits": palette.bits,
-        "dim": palette.layout.dim,
-        "axis": palette.layout.axis,
-        "groups": palette.layout.groups,
-        "index bytes": palette.packed.nbytes,
-        "lut bytes": palette.lut.nbytes,
-    }
+    sizes = {"index_bytes": palette.packed.nbytes, "lut_bytes": palette.lut.nbytes}
+    return PaletteEntry.of(palette).model_dump(mode="json") | sizes

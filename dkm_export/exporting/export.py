@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from dkm_export import __version__
 from dkm_export.checkpoint import FILE_NAME, find_checkpoint, load_checkpoint
+from dkm_export.entry import PaletteEntry
 from dkm_export.errors import DkmError, GateFailed, InvalidInput, Unsupported
 from dkm_export.exporting.exporter import Exporter
 from dkm_export.files import staged
@@ -160,14 +161,7 @@ def palette_problems(model: PalettizedModel, found: Mapping[str, Any]) -> list[s
 
 def _manifest(model: PalettizedModel, artifacts: Sequence[Artifact], root: Path) -> Manifest:
     layers = {
-        name: LayerEntry(
-            shape=palette.layout.shape,
-            bits=palette.bits,
-            dim=palette.layout.dim,
-            axis=palette.layout.axis,
-            groups=palette.layout.groups,
-            bytes=palette.nbytes,
-        )
+        name: LayerEntry(**PaletteEntry.of(palette).model_dump(), bytes=palette.nbytes)
         for name, palette in model.palettes.items()
     }
     installed = {dist.name for dist in metadata.distributions()}

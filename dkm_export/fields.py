@@ -1,0 +1,56 @@
+"""How indices are packed so that table lookups can take them apart.
+
+Graphs of standard operators have no types of 3, 5, 6 or 7 bits, and often no bit operators. So an
+index is cut into fields of 4, 2 and 1 bits, and one field of all indices follows another: a byte
+then holds whole fields, and one lookup in a table of 256 rows takes it apart. An index of 1, 2, 4
+or 8 bits is a single field, and its packing is that of `dkm_export.palette.pack`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Field(NamedTuple):
+    """Bits ``shift`` to ``shift + width`` of every index."""
+
+    width: int
+    shift: int
+
+    def table(self) -> Bytes:
+        """uint8 ``[256, 8 / width]``: the fields in each byte, at their place in the index."""
+        starts = np.arange(0, 8, self.width)
+        values = np.arange(256)[:, None] >> starts & ((1 << self.width) - 1)
+        return (values << self.shift).astype(np.uint8)
+
+
+def fields(bits: int) -> list[Field]:
+    """The fields of an index, lowest bits and widest first: 7 bits are 4, 2 and 1.
+
+    ``shift`` is a multiple of ``width``, so that no field straddles two bytes, wherever in the
+    packed bytes the fields of its kind begin.
+    """
+    widths = [width for width in (8, 4, 2, 1) if bits & width]
+    return [Field(width, bits & -(2 * width)) for width in widths]
+
+
+def pack_fields(indices: Bytes, bits: int) -> Bytes:
+    """Pack indices field by field into exactly ``ceil(n * bits / 8)`` bytes."""
+    codes = np.unpackbits(indices.reshape(-1, 1), axis=1, count=bits, bitorder="little")
+    planes = [codes[:, shift : shift + width].reshape(-1) for width, shift in fields(bits)]
+    return np.packbits(np.concatenate(planes), bitorder="little")
+
+
+def unpack_fields(packed: Bytes, bits: int, count: int) -> Bytes:
+    """Inverse of `pack_fields`, from exactly as many bytes: ``count`` indices in a flat array."""
+    stream = np.unpackbits(packed, count=count * bits, bitorder="little")
+    planes = [
+        stream[count * shift : count * (shift + width)].reshape(count, width)
+        for width, shift in fields(bits)
+    ]
+    return np.packbits(np.concatenate(planes, axis=1), axis=1, bitorder="little").reshape(count)

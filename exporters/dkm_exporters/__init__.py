@@ -1,0 +1,1 @@
+"""Exporters: one package per target; each knows dkm_export and no other target."""

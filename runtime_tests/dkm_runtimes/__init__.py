@@ -1,0 +1,1 @@
+"""Runtimes: one module per way to execute an artifact."""

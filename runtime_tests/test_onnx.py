@@ -1,0 +1,503 @@
+"""The ONNX exporter: palettes bit for bit in the file and in ONNX Runtime, and bad files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dkm_export.checkpoint import save_checkpoint
+from dkm_export.compress import finalize, prepare
+from dkm_export.errors import InvalidInput, Unsupported
+from dkm_export.fields import pack_fields, unpack_fields
+from dkm_export.palette import MAX_DIM, Layout, Palette, pack
+from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
+from dkm_export.spec import CompressionSpec, LayerRule
+from dkm_exporters.onnx import OnnxExporter, OnnxOptions
+from dkm_exporters.onnx.artifact import write_artifact
+from dkm_exporters.onnx.decoding import insert_decoders
+from dkm_runtimes.onnxruntime import OnnxRuntime
+from tests.zoo import IMAGE, TOKENS, lively, palettize
+
+REPOSITORY = Path(__file__).parents[1]
+
+LAYOUTS = {
+    "scalars": Layout((24, 16, 3, 3)),
+    "bytes": Layout((64, 128)),
+    "vectors": Layout((24, 16, 3, 3), dim=4),
+    "input_axis": Layout((24, 16, 3, 3), dim=8, axis=1),
+    "last_axis": Layout((64, 128), dim=8, axis=1),
+    "padded": Layout((25, 16, 3), dim=4),
+    "padded_inside": Layout((12, 5, 3, 3), dim=2, axis=1),
+    "padded_last": Layout((7, 5), dim=3, axis=1),
+    "uneven": Layout((7, 3, 3)),
+    "uneven_large": Layout((67, 71)),
+    "groups": Layout((24, 16, 3, 3), groups=8),
+    "byte_groups": Layout((64, 512), groups=4),
+    "uneven_groups": Layout((12, 3, 3), groups=4),
+    "group_vectors": Layout((64, 512), dim=4, groups=2),
+    "group_columns": Layout((24, 10), dim=4, axis=1, groups=3),
+    "widest": Layout((MAX_DIM, 300), dim=MAX_DIM),
+    "one": Layout((1,)),
+}
+
+CONVOLUTIONS = ("stem.0", "depthwise", "up", "line", "head")
+
+MIXED = (
+    LayerRule(bits=8),
+    LayerRule(bits=5, dim=4),
+    LayerRule(bits=4, dim=3, groups=4),
+    LayerRule(bits=3, dim=2, axis=1),
+    LayerRule(bits=2, dim=5),
+    LayerRule(bits=7, groups=2),
+    LayerRule(bits=6, dim=2, axis=1, groups=3),
+    LayerRule(bits=1, dim=8),
+)
+
+
+def lower(model: PalettizedModel, folder: Path) -> Path:
+    return OnnxExporter().lower(model, model.build(), folder, OnnxOptions())
+
+
+def read(artifact: Path) -> dict[str, Palette]:
+    return OnnxExporter().read_palettes(artifact)
+
+
+def relative_l2(output: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:
+    exact = reference.astype(np.float64)
+    return float(np.linalg.norm(output - exact) / np.linalg.norm(exact))
+
+
+def run_unoptimized(artifact: bytes, inputs: Mapping[str, Any]) -> list[npt.NDArray[Any]]:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(artifact, options, providers=["CPUExecutionProvider"])
+    outputs: list[npt.NDArray[Any]] = session.run(None, dict(inputs))
+    return outputs
+
+
+def random_palette(bits: int, layout: Layout, seed: int, scaled: bool = False) -> Palette:
+    rng = np.random.default_rng(seed)
+    lut = rng.normal(size=(layout.groups, 1 << bits, layout.dim)).astype(np.float16)
+    lut.reshape(-1)[:4] = np.array([-0.0, 6e-8, 65504, -65504], np.float16)[: lut.size]
+    indices = rng.integers(0, 1 << bits, layout.index_shape, dtype=np.uint8)
+    scale = None
+    if scaled:
+        shape = (layout.shape[0], *[1] * (len(layout.shape) - 1))
+        scale = rng.normal(size=shape).astype(np.float32)
+    return Palette(bits, layout, lut, indices, scale)
+
+
+def returning_weights(palettes: Mapping[str, Palette]) -> ir.Model:
+    """A graph without inputs that returns the weights, still dense."""
+    weights = [
+        ir.val(name, const_value=ir.tensor(np.zeros(palette.layout.shape, np.float32), name=name))
+        for name, palette in palettes.items()
+    ]
+    nodes = [ir.node("Identity", [weight], name=f"out_{weight.name}") for weight in weights]
+    for node, weight in zip(nodes, weights, strict=True):
+        output = node.outputs[0]
+        output.name, output.type, output.shape = f"out_{weight.name}", weight.type, weight.shape
+    outputs = [node.outputs[0] for node in nodes]
+    graph = ir.Graph(
+        [], outputs, nodes=nodes, initializers=weights, opset_imports={"": 18}, name="weights"
+    )
+    return ir.Model(graph, ir_version=8)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_decodes_every_layout_bit_for_bit(bits: int, tmp_path: Path) -> None:
+    palettes = {
+        name: random_palette(bits, layout, seed, scaled=seed % 3 == 0)
+        for seed, (name, layout) in enumerate(LAYOUTS.items())
+    }
+    model = returning_weights(palettes)
+    insert_decoders(model, palettes)
+    artifact = tmp_path / "weights.onnx"
+    write_artifact(model, palettes, artifact)
+
+    found = read(artifact)
+    assert list(found) == list(palettes)
+    for outputs in (
+        OnnxRuntime().load(artifact).run({}),
+        run_unoptimized(artifact.read_bytes(), {}),
+    ):
+        for output, (name, palette) in zip(outputs, palettes.items(), strict=True):
+            assert palette.difference(found[name]) is None, name
+            np.testing.assert_array_equal(found[name].dense(), palette.dense())
+            assert output.tobytes() == palette.dense().tobytes(), name
+
+
+@pytest.mark.parametrize(("bits", "count"), list(product(range(1, 9), (1, 7, 8, 27))))
+def test_fields_fill_exactly_the_packed_bytes(bits: int, count: int) -> None:
+    indices = np.random.default_rng(count).integers(0, 1 << bits, count, dtype=np.uint8)
+    packed = pack_fields(indices, bits)
+    assert packed.size == -(-count * bits // 8)
+    np.testing.assert_array_equal(unpack_fields(packed, bits, count), indices)
+    if bits in (1, 2, 4, 8):
+        np.testing.assert_array_equal(packed, pack(indices, bits))
+
+
+@pytest.mark.parametrize(
+    ("factory", "inputs", "layers", "first"),
+    [
+        *(("convolutions", IMAGE, CONVOLUTIONS, first) for first in (0, 2, 4, 6)),
+        *(("tokens", TOKENS, ("embedding", "hidden", "head"), first) for first in (0, 5)),
+    ],
+)
+def test_equals_pytorch(
+    factory: str,
+    inputs: tuple[InputSpec, ...],
+    layers: tuple[str, ...],
+    first: int,
+    tmp_path: Path,
+) -> None:
+    rules = [
+        rule.model_copy(update={"pattern": f"{layer}.weight"})
+        for layer, rule in zip(layers, (MIXED * 2)[first:], strict=False)
+    ]
+    model = palettize(f"tests.zoo:{factory}", inputs, *rules)
+    assert len(model.palettes) == len(layers)
+    artifact = lower(model, tmp_path)
+
+    found = read(artifact)
+    assert found.keys() == model.palettes.keys()
+    for name, palette in model.palettes.items():
+        assert palette.difference(found[name]) is None, name
+
+    generator = torch.Generator().manual_seed(1)
+    values = {spec.name: spec.random(generator) for spec in inputs}
+    reference = model.build()(*values.values()).numpy()
+    arrays = {name: value.numpy() for name, value in values.items()}
+    session = OnnxRuntime().load(artifact)
+    for (output,) in (session.run(arrays), run_unoptimized(artifact.read_bytes(), arrays)):
+        assert output.dtype == np.float32
+        assert relative_l2(output, reference) <= 1e-5
+
+
+@pytest.fixture(scope="module")
+def model() -> PalettizedModel:
+    rules = (LayerRule(bits=4), LayerRule(pattern="head.weight", bits=3, dim=2))
+    return palettize("tests.zoo:convolutions", IMAGE, *rules)
+
+
+@pytest.fixture(scope="module")
+def artifact(model: PalettizedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lower(model, tmp_path_factory.mktemp("onnx"))
+
+
+def test_holds_nothing_dense_and_no_traces(model: PalettizedModel, artifact: Path) -> None:
+    proto = onnx.load(artifact)
+    assert artifact.name == "convolutions.onnx"
+    assert proto.ir_version == 8
+    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 18)]
+    shapes = {palette.layout.shape for palette in model.palettes.values()}
+    assert not [t.name for t in proto.graph.initializer if tuple(t.dims) in shapes]
+    assert artifact.stat().st_size < sum(4 * p.layout.size for p in model.palettes.values()) / 2
+    for trace in (b"pkg.torch", b".py", str(REPOSITORY).encode(), str(artifact.parent).encode()):
+        assert trace not in artifact.read_bytes()
+
+
+def test_names_come_from_module_paths(model: PalettizedModel, artifact: Path) -> None:
+    graph = onnx.load(artifact).graph
+    assert [value.name for value in graph.input] == ["image"]
+    assert [value.name for value in graph.output] == ["output"]
+    (stem,) = [node for node in graph.node if node.name == "stem.0/Conv"]
+    assert list(stem.input) == ["image", "stem.0.weight", "stem.0.bias"]
+    sizes = {tensor.name: len(tensor.raw_data) for tensor in graph.initializer}
+    for name, palette in model.palettes.items():
+        assert sizes[f"{name}.indices"] + sizes[f"{name}.lut"] == palette.nbytes
+    scaled = {name for name in sizes if name.endswith(".scale")}
+    assert scaled == {"stem.0.weight.scale", "depthwise.weight.scale", "up.weight.scale"}
+
+
+def test_same_bytes_again_and_in_another_process(
+    model: PalettizedModel, artifact: Path, tmp_path: Path
+) -> None:
+    assert lower(model, tmp_path).read_bytes() == artifact.read_bytes()
+    save_checkpoint(model, tmp_path / "model.dkm.safetensors")
+    script = """
+from pathlib import Path
+from dkm_export.checkpoint import load_checkpoint
+from dkm_exporters.onnx import OnnxExporter, OnnxOptions
+model = load_checkpoint(Path("model.dkm.safetensors"))
+OnnxExporter().lower(model, model.build(), Path("elsewhere"), OnnxOptions())
+"""
+    (tmp_path / "elsewhere").mkdir()
+    subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": "7"},
+        check=True,
+        capture_output=True,
+    )
+    assert (tmp_path / "elsewhere" / artifact.name).read_bytes() == artifact.read_bytes()
+
+
+def edited(artifact: Path, folder: Path, edit: Callable[[onnx.ModelProto], object]) -> Path:
+    proto = onnx.load(artifact)
+    edit(proto)
+    path = folder / "edited.onnx"
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def initializer(proto: onnx.ModelProto, name: str) -> onnx.TensorProto:
+    tensor: onnx.TensorProto
+    (tensor,) = [tensor for tensor in proto.graph.initializer if tensor.name == name]
+    return tensor
+
+
+def test_a_changed_lut_entry_is_found_in_its_layer(
+    model: PalettizedModel, artifact: Path, tmp_path: Path
+) -> None:
+    def flip(proto: onnx.ModelProto) -> None:
+        tensor = initializer(proto, "line.weight.lut")
+        tensor.raw_data = bytes([tensor.raw_data[0] ^ 1]) + tensor.raw_data[1:]
+
+    found = read(edited(artifact, tmp_path, flip))
+    differing = {name: p.difference(found[name]) for name, p in model.palettes.items()}
+    assert differing.pop("line.weight") == "1 of 16 LUT entries differ"
+    assert set(differing.values()) == {None}
+
+
+def rename(proto: onnx.ModelProto) -> None:
+    initializer(proto, "up.weight.lut").name = "up.weight.indices"
+
+
+def move_out(proto: onnx.ModelProto) -> None:
+    tensor = initializer(proto, "up.weight.indices")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../secret")
+
+
+def table(old: str, new: str) -> Callable[[onnx.ModelProto], object]:
+    def edit(proto: onnx.ModelProto) -> None:
+        (entry,) = proto.metadata_props
+        assert old in entry.value
+        entry.value = entry.value.replace(old, new)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda proto: proto.ClearField("metadata_props"), "no 'dkm' metadata"),
+        (lambda proto: proto.ClearField("graph"), "'stem.0.weight.lut' is missing"),
+        (rename, "two initializers have the same name"),
+        (move_out, "up.weight: initializer 'up.weight.indices' is not uint8"),
+        (table('{"schema_version":1', '{"schema_version":2'), "schema_version"),
+        (table('"layers"', '"extra":1,"layers"'), "unknown key"),
+        (table('"shape":[24,48]', '"shape":[24,49]'), "head.weight: initializer"),
+        (table('"shape":[24,48]', f'"shape":[24{"0" * 17},24{"0" * 17}]'), "head.weight: "),
+        (table('"shape":[24,48]', f'"shape":[{"9" * 4000},{"9" * 4000}]'), "shape.0"),
+        (table('"bits":3', '"bits":9'), "bits"),
+        (table('"bits":3', '"bits":4'), "head.weight: initializer 'head.weight.lut'"),
+        (table('"dim":2', '"dim":3'), "head.weight: initializer 'head.weight.lut'"),
+        (table('"shape":[24,48]', '"shape":[]'), "head.weight: shape"),
+        (
+            lambda proto: initializer(proto, "head.weight.lut").dims.append(1),
+            "head.weight: initializer 'head.weight.lut'",
+        ),
+        (
+            lambda proto: setattr(initializer(proto, "head.weight.lut"), "data_type", 16),
+            "head.weight: initializer 'head.weight.lut'",
+        ),
+        (
+            lambda proto: setattr(initializer(proto, "head.weight.indices"), "raw_data", b""),
+            "head.weight: initializer 'head.weight.indices'",
+        ),
+        (
+            lambda proto: setattr(initializer(proto, "head.weight.lut"), "raw_data", b"\xff" * 32),
+            "head.weight: LUT holds values that are not finite",
+        ),
+        (
+            lambda proto: initializer(proto, "up.weight.scale").dims.reverse(),
+            "up.weight: initializer 'up.weight.scale'",
+        ),
+    ],
+)
+def test_contradictions_are_refused(
+    edit: Callable[[onnx.ModelProto], object], message: str, artifact: Path, tmp_path: Path
+) -> None:
+    path = edited(artifact, tmp_path, edit)
+    with pytest.raises(InvalidInput) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_cut_files_are_refused(artifact: Path, tmp_path: Path) -> None:
+    whole = artifact.read_bytes()
+    path = tmp_path / "cut.onnx"
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        read(path)
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        read(tmp_path)
+    for length in (0, 1, 100, *range(1000, len(whole), 997), len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InvalidInput, match=r"cut\.onnx"):
+            read(path)
+
+
+def test_damaged_files_never_crash_the_reader(artifact: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "damaged.onnx"
+    for _ in range(300):
+        damaged = bytearray(artifact.read_bytes())
+        for position in rng.integers(0, len(damaged), 3):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        with suppress(InvalidInput):
+            read(path)
+
+
+class Twisted(nn.Module):
+    """Names and outputs that collide: inputs returned, outputs twice, a layer used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+        self.attend = nn.MultiheadAttention(32, 2, batch_first=True)
+
+    def forward(self, relu: Tensor) -> tuple[Tensor, ...]:
+        x = torch.relu(self.layer(self.layer(relu)))
+        y, _ = self.attend(x, x, x, need_weights=False)
+        return relu, x, y, x, self.layer.weight
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.used(x)
+        return y
+
+
+class Untranslatable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.linalg.svdvals(self.layer(x))
+        return y
+
+
+def post_training(
+    module: nn.Module, spec: InputSpec, *outputs: str
+) -> tuple[PalettizedModel, nn.Module]:
+    """The palettes of ``module``, and a module that holds their weights."""
+    rules = CompressionSpec(rules=(LayerRule(bits=4),), small_layer_size=0)
+    prepare(lively(module), rules)
+    source = ModelSource(
+        name="module", factory="unused:factory", inputs=(spec,), outputs=outputs or ("output",)
+    )
+    model = finalize(module, rules, source)
+    fresh = type(module)()
+    fresh.load_state_dict(model.state_dict())
+    return model, fresh.eval()
+
+
+def test_names_that_collide(tmp_path: Path) -> None:
+    outputs = ("linear", "conv", "layer", "val_0", "relu_1")
+    model, module = post_training(Twisted(), InputSpec(name="relu", shape=(1, 3, 32)), *outputs)
+    artifact = OnnxExporter().lower(model, module, tmp_path, OnnxOptions())
+    graph = onnx.load(artifact).graph
+    assert [value.name for value in graph.input] == ["relu"]
+    assert [value.name for value in graph.output] == list(outputs)
+    assert "CastLike" not in {node.op_type for node in graph.node}
+    x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
+    for output, reference in zip(
+        OnnxRuntime().load(artifact).run({"relu": x.numpy()}), module(x), strict=True
+    ):
+        assert relative_l2(output, reference.detach().numpy()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("network", "outputs", "error", "message"),
+    [
+        (Unused, ("output",), Unsupported, "idle.weight is not used"),
+        (Untranslatable, ("output",), Unsupported, "aten._linalg_svd"),
+        (Twisted, ("one", "two"), InvalidInput, "returns 5 outputs"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(
+    network: type[nn.Module],
+    outputs: tuple[str, ...],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    model, module = post_training(network(), InputSpec(name="x", shape=(1, 3, 32)), *outputs)
+    with pytest.raises(error) as caught:
+        OnnxExporter().lower(model, module, tmp_path, OnnxOptions())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_beyond_protobufs_limit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dkm_exporters.onnx.artifact._LARGEST_FILE", 100)
+    with pytest.raises(Unsupported, match="2 GB"):
+        write_artifact(returning_weights({"w": random_palette(1, Layout((64,)), 0)}), {}, tmp_path)
+
+
+def unknown_operator(proto: onnx.ModelProto) -> None:
+    proto.graph.node[0].op_type = "Unheard"
+
+
+def newer_opset(proto: onnx.ModelProto) -> None:
+    proto.opset_import[0].version = 99
+
+
+@pytest.mark.parametrize("edit", [unknown_operator, newer_opset])
+def test_onnx_runtime_names_what_it_lacks(
+    edit: Callable[[onnx.ModelProto], object], artifact: Path, tmp_path: Path
+) -> None:
+    path = edited(artifact, tmp_path, edit)
+    with pytest.raises(Unsupported) as caught:
+        OnnxRuntime().load(path)
+    assert str(caught.value).startswith(f"{path}: ONNX Runtime {onnxruntime.__version__} ")
+    assert "\n" not in str(caught.value)
+
+
+def test_onnx_runtime_refuses_malformed_files(
+    artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cut.onnx"
+    for content in (None, b"", b"garbage", artifact.read_bytes()[:5000]):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(InvalidInput, match=r"cut\.onnx") as caught:
+            OnnxRuntime().load(path)
+        assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_importing_the_plugins_imports_no_backend() -> None:
+    script = (
+        "import sys, dkm_exporters.onnx, dkm_runtimes.onnxruntime; "
+        "sys.exit(bool({'torch', 'onnx', 'onnx_ir', 'onnxruntime'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
