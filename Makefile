@@ -1,0 +1,32 @@
+# `make demo` and `make test` need nothing but Python 3.11, pip and make: they set up .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := build/demo
+RECIPE := models/dkm_models/recipes/digits.toml
+RUNTIMES := onnxruntime,executorch,coreml-reference
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/dkm compress $(RECIPE) -o $(DEMO)/run --force
+	$(BIN)/dkm export --target all $(DEMO)/run -o $(DEMO)/out --force
+	$(BIN)/dkm check $(DEMO)/out --require $(RUNTIMES)
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first and alone: a looser requirement on it would bring gigabytes of CUDA packages.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build
