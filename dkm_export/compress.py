@@ -6,7 +6,7 @@ palettized = finalize(model, source)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Literal
 
@@ -124,7 +124,12 @@ class DkmWeight(nn.Module):
 
 
 def prepare(
-    model: nn.Module, spec: CompressionSpec, settings: DkmSettings | None = None, *, seed: int = 0
+    model: nn.Module,
+    spec: CompressionSpec,
+    settings: DkmSettings | None = None,
+    *,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] = lambda status, done, total: None,
 ) -> list[LayerPlan]:
     """Attach `DkmWeight` to every weight that ``spec`` selects, in place.
 
@@ -133,6 +138,7 @@ def prepare(
         spec: what to compress and how.
         settings: how to cluster during training.
         seed: of the initial centroids.
+        progress: told the layer, layers done and layers in all.
 
     Returns:
         What happens to each layer, including those that stay dense.
@@ -141,15 +147,16 @@ def prepare(
         InvalidInput: when the spec does not fit the model, or weights are not finite.
     """
     layers = plan(model, spec)
-    for layer in layers:
-        if layer.bits is not None:
-            module = model.get_submodule(_owner(layer.name))
-            weight = module.weight
-            assert isinstance(weight, nn.Parameter)
-            dkm = DkmWeight(weight.detach(), layer, settings or DkmSettings(), seed)
-            # eval while registering: the consistency check must not move the centroids
-            parametrize.register_parametrization(module, "weight", dkm.eval(), unsafe=True)
-            dkm.train(module.training)
+    chosen = [layer for layer in layers if layer.bits is not None]
+    for done, layer in enumerate(chosen, 1):
+        module = model.get_submodule(_owner(layer.name))
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        dkm = DkmWeight(weight.detach(), layer, settings or DkmSettings(), seed)
+        # unsafe: leaves out a consistency check, which would run one step of the clustering
+        parametrize.register_parametrization(module, "weight", dkm, unsafe=True)
+        dkm.train(module.training)
+        progress(f"clustering {layer.name}", done, len(chosen))
     return layers
 
 

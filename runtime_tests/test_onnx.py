@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from dkm_export.checkpoint import save_checkpoint
 from dkm_export.compress import finalize, prepare
 from dkm_export.errors import InvalidInput, Unsupported
-from dkm_export.fields import pack_fields, unpack_fields
 from dkm_export.palette import MAX_DIM, Layout, Palette, pack
 from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
 from dkm_export.spec import CompressionSpec, LayerRule
@@ -140,16 +139,6 @@ def test_decodes_every_layout_bit_for_bit(bits: int, tmp_path: Path) -> None:
             assert palette.difference(found[name]) is None, name
             np.testing.assert_array_equal(found[name].dense(), palette.dense())
             assert output.tobytes() == palette.dense().tobytes(), name
-
-
-@pytest.mark.parametrize(("bits", "count"), list(product(range(1, 9), (1, 7, 8, 27))))
-def test_fields_fill_exactly_the_packed_bytes(bits: int, count: int) -> None:
-    indices = np.random.default_rng(count).integers(0, 1 << bits, count, dtype=np.uint8)
-    packed = pack_fields(indices, bits)
-    assert packed.size == -(-count * bits // 8)
-    np.testing.assert_array_equal(unpack_fields(packed, bits, count), indices)
-    if bits in (1, 2, 4, 8):
-        np.testing.assert_array_equal(packed, pack(indices, bits))
 
 
 @pytest.mark.parametrize(

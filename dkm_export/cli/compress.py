@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dkm_export.cli.terminal import Terminal, ratio, size
-from dkm_export.errors import ExitCode
+from dkm_export.errors import ExitCode, InvalidInput
+
+if TYPE_CHECKING:
+    from dkm_export.training.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run ``dkm compress``."""
     from dkm_export.checkpoint import FILE_NAME, save_checkpoint
-    from dkm_export.errors import InvalidInput
     from dkm_export.files import require_absent, staged
     from dkm_export.training.recipe import load_recipe
     from dkm_export.training.stage import run_recipe
@@ -65,11 +68,9 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     return ExitCode.OK
 
 
-def _show_plan(recipe: object, terminal: Terminal) -> int:
-    from dkm_export.training.recipe import Recipe
+def _show_plan(recipe: Recipe, terminal: Terminal) -> int:
     from dkm_export.training.stage import plan_recipe
 
-    assert isinstance(recipe, Recipe)
     layers = plan_recipe(recipe)
     if terminal.json:
         terminal.result(

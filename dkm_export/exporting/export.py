@@ -16,7 +16,7 @@ from dkm_export.checkpoint import FILE_NAME, find_checkpoint, load_checkpoint
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import DkmError, GateFailed, InvalidInput, Unsupported
 from dkm_export.exporting.exporter import Exporter
-from dkm_export.files import staged
+from dkm_export.files import require_absent, staged
 from dkm_export.manifest import Artifact, FileEntry, LayerEntry, Manifest
 from dkm_export.palettized import PalettizedModel
 from dkm_export.plugins import EXPORTERS, discover, select
@@ -107,6 +107,7 @@ def export(
         Unsupported: when a target is not installed or cannot hold the model.
         GateFailed: when a palette in an artifact is not the checkpoint's.
     """
+    require_absent(output, force=force)
     plan = plan_export(checkpoint, targets, settings)
     with staged(output, force=force) as root:
         root.mkdir()

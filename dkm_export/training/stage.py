@@ -28,7 +28,7 @@ _SEEDS_PER_RUN = 10_000
 """Each epoch of each seed shuffles by its own seed."""
 
 Progress = Callable[[str, int, int], None]
-"""Told, after each training step: a status, steps done, and steps in all of the phase."""
+"""Told a status, whose first word is the phase, steps done, and steps in all of the phase."""
 
 
 class Epoch(Frozen):
@@ -95,7 +95,7 @@ def run_recipe(recipe: Recipe, progress: Progress) -> tuple[PalettizedModel, Met
         for _ in _train(model, task, recipe.train, recipe.seed, "fp32", progress):
             pass
     fp32 = evaluate(model.eval(), task) if task else None
-    prepare(model, recipe.compression, recipe.dkm, seed=recipe.seed)
+    prepare(model, recipe.compression, recipe.dkm, seed=recipe.seed, progress=progress)
     epochs = tuple(_fine_tune(model, task, recipe, progress)) if task and recipe.dkm.epochs else ()
     hard = evaluate(model.eval(), task) if task else None
     measured = {"fp32": fp32, "hard": hard}

@@ -1,0 +1,58 @@
+"""ExecuTorch: palettes decoded in the graph by portable operators that every runtime has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dkm_export.exporting import Capabilities, Exporter
+from dkm_export.palette import MAX_BITS, MAX_DIM
+from dkm_export.spec import Frozen
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dkm_export.palette import Palette
+    from dkm_export.palettized import PalettizedModel
+
+
+class ExecuTorchOptions(Frozen):
+    """No settings: the program uses no delegate, so there is nothing to choose."""
+
+
+class ExecuTorchExporter(Exporter[ExecuTorchOptions]):
+    """One ``.pte`` file: float16 LUTs and packed indices, decoded to float32 before each use."""
+
+    target = "executorch"
+    suffix = ".pte"
+    packages = ("executorch",)
+    capabilities = Capabilities(
+        bits=tuple(range(1, MAX_BITS + 1)), max_dim=MAX_DIM, axes=None, groups=True, padding=True
+    )
+    options = ExecuTorchOptions
+
+    def lower(
+        self, model: PalettizedModel, module: nn.Module, folder: Path, options: ExecuTorchOptions
+    ) -> Path:
+        """Write ``<name>.pte``; batch norms are folded into the palettes' scales first.
+
+        Raises:
+            Unsupported: when torch.export or ExecuTorch cannot express the model, no stock kernel
+                runs an operator, or the model does not use a palette.
+            InvalidInput: when the model returns another number of outputs than its source names.
+        """
+        from dkm_exporters.executorch.lowering import lower
+
+        path = folder / f"{model.source.name}{self.suffix}"
+        path.write_bytes(lower(module, model.palettes, model.source))
+        return path
+
+    def read_palettes(self, artifact: Path) -> dict[str, Palette]:
+        """Decode every palette, without its scale, as the program's own instructions decode it.
+
+        Raises:
+            InvalidInput: when the file is missing, truncated, malformed or contradicts itself.
+        """
+        from dkm_exporters.executorch.reading import read
+
+        return read(artifact)

@@ -1,0 +1,114 @@
+"""A ``.pte`` file taken apart: its instructions, and its constants as numpy arrays.
+
+ExecuTorch's own reader restores constants by copying from each offset to the next one, so that a
+doctored file can make it copy its segment any number of times. Here a constant is the bytes that
+the runtime would read: from its offset on, as many as its shape takes, checked against the file.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
+from executorch.exir._serialize._program import _get_extended_header
+from executorch.exir.scalar_type import ScalarType
+from executorch.exir.schema import String
+
+from dkm_export.errors import InvalidInput
+
+_MAGIC = b"ET"
+_DTYPES: dict[Any, np.dtype[Any]] = {
+    ScalarType.BYTE: np.dtype(np.uint8),
+    ScalarType.INT: np.dtype(np.int32),
+    ScalarType.HALF: np.dtype(np.float16),
+    ScalarType.FLOAT: np.dtype(np.float32),
+}
+
+
+class ProgramFile:
+    """The program in a file.
+
+    Attributes:
+        path: of the file.
+        size: of the file in bytes.
+
+    Raises:
+        InvalidInput: when the file is missing, cut short or not a program.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from error
+        self.size = len(data)
+        header = _get_extended_header(data)
+        if data[4:6] != _MAGIC or header is None:
+            raise InvalidInput(f"{path}: not an ExecuTorch program with segments")
+        end = header.segment_base_offset + header.segment_data_size
+        if not header.program_size <= header.segment_base_offset <= end <= self.size:
+            raise InvalidInput(f"{path}: cut short, or its header is malformed: export it again")
+        try:
+            self._program: Any = _flatbuffer_to_program(data[: header.program_size])
+            self._segment = self._constants(memoryview(data)[header.segment_base_offset : end])
+        except Exception as error:  # generated code, without a check of its own
+            raise InvalidInput(f"{path}: the program is malformed: export it again") from error
+
+    def _constants(self, segments: memoryview) -> memoryview:
+        place = self._program.segments[self._program.constant_segment.segment_index]
+        if place.offset + place.size > len(segments):
+            raise ValueError("the segment of constants ends after the file")
+        return segments[place.offset : place.offset + place.size]
+
+    def plan(self, method: str) -> Any:
+        """The execution plan of a method.
+
+        Raises:
+            InvalidInput: when there is none.
+        """
+        for plan in self._program.execution_plan:
+            if plan.name == method:
+                return plan
+        raise InvalidInput(
+            f"{self.path}: has no method '{method}', so `dkm export` did not write it"
+        )
+
+    def string(self, method: str) -> str:
+        """The string that a constant method returns.
+
+        Raises:
+            InvalidInput: when there is no such method.
+        """
+        match self.plan(method).values:
+            case [value] if isinstance(value.val, String):
+                text: str = value.val.string_val
+                return text
+        raise InvalidInput(f"{self.path}: method '{method}' does not return one string")
+
+    def constant(self, tensor: Any) -> npt.NDArray[Any] | None:
+        """A tensor's data, read-only; None when it is no plain constant of the file.
+
+        Raises:
+            InvalidInput: when the data would lie outside of the file.
+        """
+        dtype = tensor_dtype(tensor)
+        if tensor.data_buffer_idx == 0 or tensor.allocation_info is not None or dtype is None:
+            return None
+        offsets = self._program.constant_segment.offsets
+        index, count = tensor.data_buffer_idx, math.prod(tensor.sizes)
+        start = offsets[index] if index < len(offsets) else len(self._segment)
+        if count < 0 or start + count * dtype.itemsize > len(self._segment):
+            raise InvalidInput(f"{self.path}: constant {index} is not within the file")
+        return np.frombuffer(self._segment, dtype, count, start).reshape(tensor.sizes)
+
+
+def tensor_dtype(tensor: Any) -> np.dtype[Any] | None:
+    """The dtype of a plain contiguous tensor, or None where it is another or of another layout."""
+    if tensor.storage_offset or list(tensor.dim_order) != list(range(len(tensor.sizes))):
+        return None
+    return _DTYPES.get(tensor.scalar_type)

@@ -1,0 +1,73 @@
+"""ExecuTorch on this machine's CPU, through its Python bindings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dkm_export.checking.runtime import Arrays, NumericClass, Runtime, Session
+from dkm_export.errors import InvalidInput, Unsupported
+
+_INPUTS_METHOD = "dkm_inputs"
+"""Returns the names of the inputs of ``forward``, which a program itself only numbers."""
+
+
+class ExecuTorchRuntime(Runtime):
+    """The stock runtime of the ``executorch`` wheel, with its portable and optimized kernels."""
+
+    name = "executorch"
+    target = "executorch"
+    where = "native CPU"
+    packages = ("executorch",)
+
+    def load(self, artifact: Path) -> Session:
+        """Load a program; the file is no longer needed afterwards.
+
+        Raises:
+            Unsupported: when the runtime rejects the method ``forward``.
+            InvalidInput: when the file is missing, malformed or not written by this project.
+        """
+        import executorch.runtime
+
+        try:
+            data = artifact.read_bytes()
+        except OSError as error:
+            raise InvalidInput(f"{artifact}: cannot be read: {error.strerror}") from error
+        try:
+            program = executorch.runtime.Runtime.get().load_program(data)
+        except RuntimeError as error:
+            raise InvalidInput(
+                f"{artifact}: not a whole ExecuTorch program: {error}: export it again"
+            ) from error
+        if not {"forward", _INPUTS_METHOD} <= program.method_names:
+            raise InvalidInput(
+                f"{artifact}: has no methods 'forward' and '{_INPUTS_METHOD}', "
+                "so `dkm export` did not write it"
+            )
+        try:
+            names = program.load_method(_INPUTS_METHOD).execute([])
+            return _ExecuTorchSession(program, program.load_method("forward"), names)
+        except RuntimeError as error:
+            raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error
+
+
+class _ExecuTorchSession(Session):
+    numeric_class = NumericClass.FP32
+
+    def __init__(self, program: Any, forward: Any, inputs: list[str]) -> None:
+        self._program = program  # owns the bytes that the method reads
+        self._forward = forward
+        self._inputs = inputs
+
+    def run(self, inputs: Arrays) -> list[npt.NDArray[Any]]:
+        import torch
+
+        tensors = [torch.tensor(inputs[name]) for name in self._inputs]
+        try:
+            outputs = self._forward.execute(tensors)
+        except RuntimeError as error:
+            raise Unsupported(f"executorch: the runtime failed: {error}") from error
+        return [np.asarray(output) for output in outputs]
