@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from dkm_export.checkpoint import save_checkpoint
 from dkm_export.compress import finalize, prepare
 from dkm_export.errors import InvalidInput, Unsupported
-from dkm_export.palette import MAX_DIM, Layout, Palette, pack
+from dkm_export.palette import MAX_DIM, Layout, Palette
 from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
 from dkm_export.spec import CompressionSpec, LayerRule
 from dkm_exporters.onnx import OnnxExporter, OnnxOptions
