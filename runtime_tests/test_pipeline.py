@@ -40,8 +40,9 @@ def dkm(capfd: pytest.CaptureFixture[str]) -> Dkm:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shortly trained digits network."""
     folder = tmp_path_factory.mktemp("digits") / "run"
-    short = ["--set", "train.epochs=3", "--set", "dkm.epochs=1"]
-    assert main(["compress", str(RECIPES / "digits.toml"), "-o", str(folder), "-q", *short]) == 0
+    short = ("train.epochs=4", "train.batch_size=128", "dkm.epochs=1", "dkm.batch_size=256")
+    settings = [part for setting in short for part in ("--set", setting)]
+    assert main(["compress", str(RECIPES / "digits.toml"), "-o", str(folder), "-q", *settings]) == 0
     return folder
 
 
