@@ -19,14 +19,13 @@ from torch import Tensor
 from dkm_export import __version__
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
-from dkm_export.files import staged
+from dkm_export.files import CHECKPOINT, staged
 from dkm_export.palette import Palette, unpack
 from dkm_export.palettized import ModelSource, PalettizedModel
 from dkm_export.spec import CompressionSpec, Frozen
 from dkm_export.validation import explain
 
 SUFFIX = ".dkm.safetensors"
-FILE_NAME = f"model{SUFFIX}"
 _KEY = "dkm"
 
 
@@ -98,7 +97,7 @@ def load_checkpoint(path: Path) -> PalettizedModel:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint itself, or the one in the folder of a run or an export."""
-    return path / FILE_NAME if path.is_dir() else path
+    return path / CHECKPOINT if path.is_dir() else path
 
 
 def _palette(entry: PaletteEntry, lut: Tensor, packed: Tensor) -> Palette:

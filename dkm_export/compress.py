@@ -1,7 +1,7 @@
 """Attach differentiable k-means to a model, and turn the trained result into palettes.
 
-prepare(model, spec)          # then train with any loop: the code, loss and optimizer stay
-palettized = finalize(model, source)
+After ``prepare(model, spec)`` any training loop goes on as before: the model's code, its loss and
+the optimizer stay. ``finalize(model, source)`` then returns the palettes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from torch.nn.utils import parametrize
 
 from dkm_export.clustering import assign, initial_centroids, mean_squared_distance, soft_cluster
 from dkm_export.errors import InvalidInput
-from dkm_export.layers import LayerPlan, plan
+from dkm_export.layers import LayerPlan, plan, require_palettes
 from dkm_export.palette import Palette
 from dkm_export.palettized import ModelSource, PalettizedModel
 from dkm_export.spec import CompressionSpec, Frozen
 
 _LARGEST_FLOAT16 = 65504.0
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class DkmSettings(Frozen):
@@ -39,10 +41,10 @@ class DkmSettings(Frozen):
             iterations early.
     """
 
-    tau: Annotated[float, Field(gt=0)] = 0.5
+    tau: Positive = 0.5
     tau_unit: Literal["inertia", "absolute"] = "inertia"
     iterations: Annotated[int, Field(ge=1)] = 3
-    eps: Annotated[float, Field(ge=0)] = 1e-4
+    eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
 
 
 class DkmWeight(nn.Module):
@@ -57,11 +59,18 @@ class DkmWeight(nn.Module):
     centroids: Tensor
     tau: Tensor
 
-    def __init__(self, weight: Tensor, layer: LayerPlan, settings: DkmSettings, seed: int) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        layer: LayerPlan,
+        spec: CompressionSpec,
+        settings: DkmSettings,
+        seed: int,
+    ) -> None:
         super().__init__()
         assert layer.bits is not None
         self.name, self.layout, self.bits = layer.name, layer.layout, layer.bits
-        self.settings = settings
+        self.spec, self.settings = spec, settings
         vectors = self._vectors(weight)
         start = initial_centroids(vectors, 1 << layer.bits, seed)
         self.register_buffer("centroids", start)
@@ -144,15 +153,17 @@ def prepare(
         What happens to each layer, including those that stay dense.
 
     Raises:
-        InvalidInput: when the spec does not fit the model, or weights are not finite.
+        InvalidInput: when the spec does not fit the model or selects nothing, or weights are not
+            finite.
     """
     layers = plan(model, spec)
+    require_palettes(layers)
     chosen = [layer for layer in layers if layer.bits is not None]
     for done, layer in enumerate(chosen, 1):
         module = model.get_submodule(_owner(layer.name))
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
-        dkm = DkmWeight(weight.detach(), layer, settings or DkmSettings(), seed)
+        dkm = DkmWeight(weight.detach(), layer, spec, settings or DkmSettings(), seed)
         # unsafe: leaves out a consistency check, which would run one step of the clustering
         parametrize.register_parametrization(module, "weight", dkm, unsafe=True)
         dkm.train(module.training)
@@ -182,10 +193,7 @@ def soft_weights(model: nn.Module) -> Iterator[None]:
 
 
 def finalize(
-    model: nn.Module,
-    spec: CompressionSpec,
-    source: ModelSource,
-    metrics: Mapping[str, float] | None = None,
+    model: nn.Module, source: ModelSource, metrics: Mapping[str, float] | None = None
 ) -> PalettizedModel:
     """The palettes of a prepared model, and a copy of everything else in its state dict.
 
@@ -193,21 +201,23 @@ def finalize(
 
     Args:
         model: prepared, and trained since.
-        spec: the rules that it was prepared with, for the record.
         source: how to build the model again.
         metrics: see `PalettizedModel`.
 
     Raises:
-        InvalidInput: when weights or centroids are not finite.
+        InvalidInput: when ``model`` was not prepared, or weights or centroids are not finite.
     """
-    palettes = {dkm.name: dkm.palette(weight) for dkm, weight in _prepared(model)}
+    layers = list(_prepared(model))
+    if not layers:
+        raise InvalidInput("the model has no DKM layers: call prepare(model, spec) first")
+    palettes = {dkm.name: dkm.palette(weight) for dkm, weight in layers}
     prefixes = tuple(f"{_owner(name)}.parametrizations.weight.".lstrip(".") for name in palettes)
     dense = {
         name: tensor.detach().cpu().clone()
         for name, tensor in model.state_dict().items()
-        if not (prefixes and name.startswith(prefixes))
+        if not name.startswith(prefixes)
     }
-    return PalettizedModel(source, spec, palettes, dense, metrics or {})
+    return PalettizedModel(source, layers[0][0].spec, palettes, dense, metrics or {})
 
 
 def _prepared(model: nn.Module) -> Iterator[tuple[DkmWeight, Tensor]]:

@@ -1,4 +1,4 @@
-"""Writing results: all or nothing, and never over something that is there."""
+"""Writing results: all or nothing, and never over something that is not ours to replace."""
 
 from __future__ import annotations
 
@@ -11,47 +11,88 @@ from pathlib import Path
 
 from dkm_export.errors import InvalidInput
 
+MANIFEST = "manifest.json"
+CHECKPOINT = "model.dkm.safetensors"
+_OURS = (MANIFEST, CHECKPOINT)
+"""A folder that this tool wrote holds one of these files."""
+
 
 @contextmanager
-def staged(target: Path, *, force: bool) -> Iterator[Path]:
-    """Yield a path beside ``target`` to write a file or folder to; move it there at the end.
+def staged(
+    target: Path, *, force: bool, folder: bool = False, source: Path | None = None
+) -> Iterator[Path]:
+    """Yield a path beside ``target`` to write to; move it there at the end.
 
     When the body raises, nothing is left behind and an earlier ``target`` is untouched.
 
+    Args:
+        target: file or folder to make.
+        force: replace an earlier one, see `require_replaceable`.
+        folder: whether it is a folder, which then exists and is empty.
+        source: the input, which must not lie in ``target``.
+
     Raises:
-        InvalidInput: when ``target`` exists and ``force`` is false, or its folder is not writable.
+        InvalidInput: when ``target`` may not be replaced, or its folder is not writable.
     """
-    require_absent(target, force=force)
+    require_replaceable(target, force=force, folder=folder, source=source)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise InvalidInput(f"cannot write {target}: {error.strerror}") from error
+    new, old = beside / "new", beside / "old"
     try:
-        new, old = folder / "new", folder / "old"
+        if folder:
+            new.mkdir()
         yield new
-        if target.is_dir():
-            # A folder cannot be replaced in one step: keep the old one until the new one stands.
-            target.rename(old)
-            try:
-                new.rename(target)
-            except OSError:
+        try:
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+        except BaseException:
+            # A folder cannot be replaced in one step: not even Ctrl-C may lose the old one.
+            if old.exists() and not target.exists():
                 old.rename(target)
-                raise
-        else:
-            new.replace(target)
+            raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
-def require_absent(target: Path, *, force: bool) -> None:
-    """Refuse to write over ``target``; long work asks before it starts.
+def require_replaceable(
+    target: Path, *, force: bool, folder: bool = False, source: Path | None = None
+) -> None:
+    """Refuse an output that would destroy something; long work asks before it starts.
+
+    With ``force``, a file replaces a file, and a folder replaces an empty one or one that this
+    tool wrote.
+
+    Args:
+        target: the output.
+        force: whether the user wants an earlier one to be replaced.
+        folder: whether the output is a folder.
+        source: the input, which must not lie in the output.
 
     Raises:
-        InvalidInput: when ``target`` exists and ``force`` is false.
+        InvalidInput: with the reason and the way out.
     """
-    if target.exists() and not force:
+    place = target.resolve()
+    if Path.cwd().is_relative_to(place):
+        raise InvalidInput(f"'{target}' is or holds the working directory: name a folder below it")
+    if source is not None and source.resolve().is_relative_to(place):
+        raise InvalidInput(f"{target} holds the input {source}: name another output")
+    if not target.exists() and not target.is_symlink():
+        return
+    if not force:
         raise InvalidInput(f"{target} exists: name another output or pass --force")
+    if target.is_symlink() or target.is_dir() != folder:
+        kind = "link" if target.is_symlink() else "folder" if target.is_dir() else "file"
+        raise InvalidInput(f"{target} is a {kind}, which --force does not replace: remove it first")
+    names = {entry.name for entry in target.iterdir()} if folder else set()
+    if names and names.isdisjoint(_OURS):
+        raise InvalidInput(
+            f"{target} is a folder that dkm did not write, which --force does not replace: "
+            "remove it first"
+        )
 
 
 def sha256(file: Path) -> str:

@@ -7,43 +7,41 @@ values into thousands. Here the factor becomes the palette's ``scale``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Final
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.export import ExportedProgram
 
+from dkm_export.errors import Unsupported
 from dkm_export.palette import Palette
 
-_aten = torch.ops.aten
-_OUTPUT_AXIS = {
-    _aten.conv1d.default: 0,
-    _aten.conv2d.default: 0,
-    _aten.conv3d.default: 0,
-    _aten.conv1d.padding: 0,
-    _aten.conv2d.padding: 0,
-    _aten.conv3d.padding: 0,
-    _aten.linear.default: 0,
-    _aten.conv_transpose1d.default: 1,
-    _aten.conv_transpose2d.input: 1,
+_OUTPUT_AXIS: Final[Mapping[type[nn.Module], int]] = {
+    nn.Conv1d: 0,
+    nn.Conv2d: 0,
+    nn.Conv3d: 0,
+    nn.ConvTranspose1d: 1,
+    nn.ConvTranspose2d: 1,
+    nn.ConvTranspose3d: 1,
+    nn.Linear: 0,
 }
-"""Where the output channel stands in the weight of each operator that can absorb a batch norm."""
+"""Where the output channel stands in the weight of each layer that can absorb a batch norm.
 
-
-@dataclass(frozen=True)
-class _Pair:
-    layer: str
-    batch_norm: str
-    output_axis: int
+Types are compared exactly, here and below: a subclass may compute anything.
+"""
+_BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold_batch_norm(
     module: nn.Module, palettes: Mapping[str, Palette], inputs: tuple[Tensor, ...]
 ) -> dict[str, Palette]:
-    """Fold every batch norm of ``module``, in place, that directly follows a layer's only use.
+    """Fold every float32 batch norm of ``module``, in place, that directly follows a layer.
 
-    Afterwards the layer's weight is ``palette.dense()`` of the returned palette. Batch norms that
-    follow anything else stay as they are.
+    Afterwards the layer's weight is ``palette.dense()`` of the returned palette, and the batch
+    norm is an ``nn.Identity``. A batch norm stays as it is where the fold could change a result:
+    its input has another use, the layer or the batch norm is a subclass, has hooks or runs twice,
+    or one of their tensors has another use.
 
     Args:
         module: in eval mode.
@@ -52,69 +50,140 @@ def fold_batch_norm(
 
     Returns:
         ``palettes``, with ``scale`` set where a batch norm was folded in.
+
+    Raises:
+        Unsupported: when torch.export cannot trace ``module``.
     """
     folded = dict(palettes)
     with torch.no_grad():
-        for pair in _pairs(module, inputs):
-            layer = module.get_submodule(pair.layer)
-            norm = module.get_submodule(pair.batch_norm)
-            assert isinstance(norm, _BatchNorm)
-            scale, shift = _affine(norm)
-            weight = layer.weight
-            assert isinstance(weight, Tensor)
-            along = [1] * weight.dim()
-            along[pair.output_axis] = -1
-            broadcast = scale.reshape(along)
-            bias = layer.bias if isinstance(layer.bias, Tensor) else torch.zeros_like(scale)
-            layer.weight = nn.Parameter(weight * broadcast, requires_grad=False)
-            layer.bias = nn.Parameter(bias * scale + shift, requires_grad=False)
-            module.set_submodule(pair.batch_norm, nn.Identity())
-            name = f"{pair.layer}.weight" if pair.layer else "weight"
+        for layer, norm in _pairs(module, inputs):
+            scale = _absorb(module.get_submodule(layer), module.get_submodule(norm))
+            name = f"{layer}.weight"
             if name in folded:
-                folded[name] = replace(folded[name], scale=broadcast.numpy())
+                folded[name] = replace(folded[name], scale=scale.numpy())
     return folded
 
 
-def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """The batch norm in eval mode as ``scale * x + shift``."""
+def _absorb(layer: nn.Module, norm: nn.Module) -> Tensor:
+    """Fold ``norm`` into ``layer``; returns what the weight was multiplied by."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    factor, shift = _affine(norm)
+    along = [1] * weight.dim()
+    along[_OUTPUT_AXIS[type(layer)]] = -1
+    scale = factor.reshape(along)
+    bias = layer.bias * factor + shift if isinstance(layer.bias, Tensor) else shift
+    layer.weight = nn.Parameter(weight * scale, requires_grad=False)
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+    _become_identity(norm)
+    return scale
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The batch norm in eval mode as ``factor * x + shift``."""
+    assert isinstance(norm, _BATCH_NORMS)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = torch.rsqrt(norm.running_var + norm.eps)
+    factor = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
+        factor = factor * norm.weight
+    shift = -norm.running_mean * factor
+    return factor, shift if norm.bias is None else shift + norm.bias
 
 
-def _pairs(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[_Pair]:
-    program = torch.export.export(module, inputs)
-    signature = program.graph_signature
-    owners = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+def _become_identity(norm: nn.Module) -> None:
+    """Make the object itself an Identity, so that the model's code finds it, and its sizes.
 
-    def owner(node: object) -> str | None:
-        """The module whose parameter or buffer ``node`` is, when this is its only use."""
-        if isinstance(node, fx.Node) and node.name in owners and len(node.users) == 1:
-            parameter: str = owners[node.name]
-            return parameter.rpartition(".")[0]
-        return None
+    Its tensors become plain attributes, which no target stores.
+    """
+    tensors = {**norm._parameters, **norm._buffers}
+    norm._parameters.clear()
+    norm._buffers.clear()
+    vars(norm).update(tensors)
+    norm.__class__ = nn.Identity
 
+
+def _pairs(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, str]]:
+    """The paths of each layer and of the batch norm that can be folded into it."""
+    program = _trace(module, inputs)
+    modules = dict(module.named_modules())
     pairs = []
-    for node in program.graph_module.graph.nodes:
-        if node.target is not _aten.batch_norm.default:
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.batch_norm.default:
             continue
-        before, running_mean = node.args[0], node.args[3]
-        layer = owner(before.args[1]) if before.target in _OUTPUT_AXIS else None
-        batch_norm = owner(running_mean)
-        if layer is None or batch_norm is None or len(before.users) > 1:
-            continue
-        axis = _OUTPUT_AXIS[before.target]
-        weight = module.get_submodule(layer).weight
-        assert isinstance(weight, Tensor)
-        channels = before.meta["val"].shape[1]
+        before, training = node.args[0], node.args[5]
+        layer, norm = _caller(before), _caller(node)
         if (
-            isinstance(module.get_submodule(batch_norm), _BatchNorm)
-            and weight.shape[axis] == channels  # not so for a grouped transposed convolution
-            and before.meta["val"].dim() == node.meta["val"].dim()
+            not training
+            and len(before.users) == 1
+            # The second call of a module has a path of its own, ``conv@1``, that no module has.
+            and _are_plain(modules.get(layer), modules.get(norm))
+            and _takes_own_tensors(before, layer, modules[layer], program)
+            and _takes_own_tensors(node, norm, modules[norm], program)
+            and _channels_match(before.meta["val"], modules[layer])
         ):
-            pairs.append(_Pair(layer, batch_norm, axis))
+            pairs.append((layer, norm))
     return pairs
+
+
+def _trace(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    try:
+        return torch.export.export(module, inputs)
+    except Exception as error:  # tracing runs the model's own code
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Unsupported(
+            f"torch.export cannot trace the model: {reason}; rewrite that part of it"
+        ) from error
+
+
+def _caller(node: fx.Node) -> str:
+    """The path of the module whose ``forward`` contains ``node``; '' for the outermost one."""
+    stack = node.meta.get("nn_module_stack")
+    path: str = next(reversed(stack.values()))[0] if stack else ""
+    return path
+
+
+def _are_plain(layer: nn.Module | None, norm: nn.Module | None) -> bool:
+    """Whether both are stock modules that do nothing besides their type's ``forward``."""
+    return (
+        type(layer) in _OUTPUT_AXIS
+        and type(norm) in _BATCH_NORMS
+        and not any(
+            "forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks
+            for part in (layer, norm)
+            if part is not None
+        )
+    )
+
+
+def _takes_own_tensors(node: fx.Node, path: str, part: nn.Module, program: ExportedProgram) -> bool:
+    """Whether ``node`` takes exactly the tensors of ``part``, and nothing else takes them.
+
+    They are float32: in float16 a fold would round where the batch norm does not.
+    """
+    parameters = program.graph_signature.inputs_to_parameters
+    owners = {"weight": parameters, "bias": parameters}
+    if isinstance(part, _BATCH_NORMS):
+        buffers = program.graph_signature.inputs_to_buffers
+        owners |= {"running_mean": buffers, "running_var": buffers}
+    arguments = [*node.args[1:], None]  # a layer's operator leaves out a bias of None
+    return all(
+        (argument is None and getattr(part, attribute) is None)
+        or (
+            isinstance(argument, fx.Node)
+            and names.get(argument.name) == f"{path}.{attribute}"
+            and len(argument.users) == 1
+            and argument.meta["val"].dtype == torch.float32
+        )
+        for (attribute, names), argument in zip(owners.items(), arguments, strict=False)
+    )
+
+
+def _channels_match(output: Tensor, layer: nn.Module) -> bool:
+    """Whether axis 1 of ``output``, the batch norm's, is the output axis of the weight."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    # An unbatched convolution, or a Linear over positions, has its channels on another axis; a
+    # grouped transposed convolution has fewer in its weight.
+    same_rank = output.dim() == weight.dim()
+    return same_rank and output.shape[1] == weight.shape[_OUTPUT_AXIS[type(layer)]]

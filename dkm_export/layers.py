@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -67,15 +68,31 @@ def plan(model: nn.Module, spec: CompressionSpec) -> list[LayerPlan]:
                 f"the layers are {', '.join(name for name, _, _ in layers)}"
             )
     plans = [_plan_layer(name, kind, weight, spec) for name, kind, weight in layers]
-    owners: dict[int, str] = {}
+    owners: dict[int, LayerPlan] = {}
     for entry, (name, _, weight) in zip(plans, layers, strict=True):
-        first = owners.setdefault(id(weight), name)
-        if first != name and entry.bits is not None:
+        first = owners.setdefault(id(weight), entry)
+        if first is not entry and (first.bits, entry.bits) != (None, None):
             raise InvalidInput(
-                f"{first} and {name} are one tied weight, which cannot be palettized yet: "
+                f"{first.name} and {name} are one tied weight, which cannot be palettized yet: "
                 "add a rule with skip = true for both"
             )
+        if entry.bits is not None and weight.dtype != torch.float32:
+            raise InvalidInput(
+                f"{name} is {weight.dtype}, only torch.float32 can be palettized yet: "
+                "convert the model with .float()"
+            )
     return plans
+
+
+def require_palettes(plans: Sequence[LayerPlan]) -> None:
+    """Refuse a plan that leaves every layer dense.
+
+    Raises:
+        InvalidInput: with the reasons.
+    """
+    if all(entry.bits is None for entry in plans):
+        reasons = "; ".join(sorted({entry.reason for entry in plans})) or "it has no known layers"
+        raise InvalidInput(f"no layer of the model becomes a palette: {reasons}")
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, LayerKind, nn.Parameter]]:

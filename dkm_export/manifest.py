@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
-from dkm_export.files import files_below, sha256
+from dkm_export.files import MANIFEST, files_below, sha256
+from dkm_export.palettized import PalettizedModel
 from dkm_export.spec import Frozen
 from dkm_export.validation import explain
-
-FILE_NAME: Final = "manifest.json"
 
 
 def _stays_inside(path: str) -> str:
     pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in path:
         raise ValueError(f"path '{path}' leaves the folder of the manifest")
     return path
 
 
 RelativePath = Annotated[str, AfterValidator(_stays_inside)]
+Size = Annotated[int, Field(ge=0)]
 
 
 class FileEntry(Frozen):
     """One file: its path relative to the manifest, its size in bytes and its hash."""
 
     path: RelativePath
-    bytes: int
+    bytes: Size
     sha256: str
 
     @classmethod
@@ -51,7 +51,7 @@ class Artifact(Frozen):
     target: str
     path: RelativePath
     options: dict[str, Any]
-    bytes: int
+    bytes: Size
     files: tuple[FileEntry, ...]
 
     @classmethod
@@ -70,7 +70,40 @@ class Artifact(Frozen):
 class LayerEntry(PaletteEntry):
     """One palette; ``bytes`` counts its packed indices and float16 LUT."""
 
-    bytes: int
+    bytes: Size
+
+
+class Contents(Frozen):
+    """What the checkpoint holds.
+
+    Attributes:
+        fp32_bytes: all weights and buffers before compression.
+        palette_bytes: packed indices and float16 LUTs.
+    """
+
+    name: str
+    factory: str
+    task: str | None
+    metrics: dict[str, float]
+    fp32_bytes: Size
+    palette_bytes: Size
+    layers: dict[str, LayerEntry]
+
+    @classmethod
+    def of(cls, model: PalettizedModel) -> Contents:
+        """Describe ``model``."""
+        return cls(
+            name=model.source.name,
+            factory=model.source.factory,
+            task=model.source.task,
+            metrics=dict(model.metrics),
+            fp32_bytes=model.fp32_bytes,
+            palette_bytes=sum(palette.nbytes for palette in model.palettes.values()),
+            layers={
+                name: LayerEntry(**PaletteEntry.of(palette).model_dump(), bytes=palette.nbytes)
+                for name, palette in model.palettes.items()
+            },
+        )
 
 
 class Manifest(Frozen):
@@ -79,20 +112,14 @@ class Manifest(Frozen):
     schema_version: Literal[1] = 1
     tool_version: str
     dependencies: dict[str, str]
-    name: str
-    factory: str
-    task: str | None
-    metrics: dict[str, float]
-    fp32_bytes: int
-    palette_bytes: int
-    layers: dict[str, LayerEntry]
+    contents: Contents
     checkpoint: FileEntry
     samples: FileEntry
     artifacts: tuple[Artifact, ...]
 
     def write(self, root: Path) -> None:
         """Write ``root/manifest.json``."""
-        (root / FILE_NAME).write_text(self.model_dump_json(indent=2) + "\n")
+        (root / MANIFEST).write_text(self.model_dump_json(indent=2) + "\n")
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -101,7 +128,7 @@ def read_manifest(root: Path) -> Manifest:
     Raises:
         InvalidInput: when it is missing or malformed, or a path in it leaves the folder.
     """
-    file = root / FILE_NAME
+    file = root / MANIFEST
     try:
         return Manifest.model_validate_json(file.read_bytes())
     except OSError as error:

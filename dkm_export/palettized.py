@@ -25,13 +25,13 @@ class InputSpec(Frozen):
 
     Attributes:
         name: its name in every artifact.
-        shape: its fixed shape, the batch included.
+        shape: its fixed shape; axis 0 is the batch.
         dtype: float32, or int32 / int64 for token ids and the like.
         high: for integers, one more than the largest allowed value.
     """
 
     name: Name
-    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, strict=True)], ...], Field(min_length=1)]
     dtype: Literal["float32", "int32", "int64"] = "float32"
     high: Annotated[int, Field(ge=1)] | None = None
 
@@ -54,8 +54,8 @@ class InputSpec(Frozen):
         return torch.randint(self.high, self.shape, generator=generator, dtype=dtype)
 
 
-class ModelSource(Frozen):
-    """How to build the model's code again, and what goes in and out of it.
+class ModelDescription(Frozen):
+    """A model's code, and what goes in and out of it.
 
     Attributes:
         name: names the artifacts: ``coreml/<name>.mlpackage``.
@@ -63,7 +63,6 @@ class ModelSource(Frozen):
         arguments: keyword arguments for the factory, plain JSON values.
         inputs: in the order of ``forward``'s parameters.
         outputs: names of the outputs, in the order that ``forward`` returns them.
-        task: ``package.module:Class`` of the `dkm_export.Task` it was trained for, if any.
     """
 
     name: Name
@@ -71,7 +70,6 @@ class ModelSource(Frozen):
     arguments: dict[str, Any] = Field(default_factory=dict)
     inputs: Annotated[tuple[InputSpec, ...], Field(min_length=1)]
     outputs: Annotated[tuple[Name, ...], Field(min_length=1)] = ("output",)
-    task: str | None = None
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """Inputs to trace the model with, always the same."""
@@ -84,6 +82,16 @@ class ModelSource(Frozen):
         if len(set(names)) < len(names):
             raise ValueError(f"input and output names repeat: {', '.join(names)}")
         return self
+
+
+class ModelSource(ModelDescription):
+    """How to build a palettized model's code again.
+
+    Attributes:
+        task: ``package.module:Class`` of the `dkm_export.Task` it was trained for, if any.
+    """
+
+    task: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +111,11 @@ class PalettizedModel:
     palettes: Mapping[str, Palette]
     dense: Mapping[str, Tensor]
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        twice = sorted(self.palettes.keys() & self.dense.keys())
+        if twice:
+            raise InvalidInput(f"{twice[0]} is both a palette and a dense tensor")
 
     def build(self) -> nn.Module:
         """The PyTorch reference: the model in eval mode with every palette decoded to float32.
@@ -127,10 +140,10 @@ class PalettizedModel:
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], owner: str) -> None:
-    """Load ``state`` into ``module``; keys and shapes must match exactly.
+    """Load ``state`` into ``module``; keys, shapes and dtypes must match exactly.
 
     Raises:
-        InvalidInput: with the first keys that are missing, unknown or of another shape.
+        InvalidInput: with the first keys that are missing, unknown or of another shape or dtype.
     """
     own = module.state_dict()
     for problem, keys in (
@@ -139,6 +152,10 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], owner: str) -> No
         (
             "has another shape for",
             [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape],
+        ),
+        (
+            "has another dtype for",
+            [key for key in own.keys() & state.keys() if own[key].dtype != state[key].dtype],
         ),
     ):
         if keys:

@@ -8,16 +8,20 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
-from dkm_export.errors import InvalidInput
+from dkm_export.errors import InvalidInput, Unsupported
 
 EXPORTERS = "dkm_export.exporters"
 RUNTIMES = "dkm_export.runtimes"
 
 
 def discover(group: str) -> dict[str, Any]:
-    """Instances of all plugins of an entry point group, by name, without loading a backend."""
+    """Instances of all plugins of an entry point group, by name, without loading a backend.
+
+    Raises:
+        Unsupported: when one of them does not load.
+    """
     entry_points = sorted(metadata.entry_points(group=group), key=lambda entry: entry.name)
-    return {entry.name: entry.load()() for entry in entry_points}
+    return {entry.name: _load(entry) for entry in entry_points}
 
 
 def select(plugins: dict[str, Any], names: Iterable[str], what: str) -> list[Any]:
@@ -39,6 +43,16 @@ def missing_packages(packages: Iterable[str], extra: str) -> str | None:
     if not missing:
         return None
     return f"{', '.join(missing)} not installed: pip install 'dkm-export[{extra}]'"
+
+
+def _load(entry: metadata.EntryPoint) -> Any:
+    try:
+        return entry.load()()
+    except Exception as error:  # a plugin may be anybody's
+        raise Unsupported(
+            f"plugin '{entry.name}' ({entry.value}) does not load: {error}: "
+            "reinstall or remove its package"
+        ) from error
 
 
 def _installed(package: str) -> bool:

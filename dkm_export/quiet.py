@@ -20,8 +20,7 @@ def quiet(*, enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     saved = [os.dup(descriptor) for descriptor in (1, 2)]
     try:
         with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
@@ -30,8 +29,12 @@ def quiet(*, enabled: bool = True) -> Iterator[None]:
                 os.dup2(sink.fileno(), descriptor)
             yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         for descriptor, original in zip((1, 2), saved, strict=True):
             os.dup2(original, descriptor)
             os.close(original)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()

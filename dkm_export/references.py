@@ -1,18 +1,22 @@
-"""Python objects named in recipes and checkpoints as ``package.module:object``."""
+"""Python objects named in recipes and checkpoints as ``package.module:object``.
+
+Importing a module runs it: whoever can name a module can run any that Python finds, the working
+directory's included. What is called after that is limited to model factories and tasks.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from torch import nn
 
 from dkm_export.errors import InvalidInput
-from dkm_export.task import Task
+from dkm_export.task import Task, user_code
 
 
 def build_module(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -31,7 +35,8 @@ def build_module(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
             f"model factory '{reference}' is neither an nn.Module class nor a function annotated "
             "'-> nn.Module': add the annotation"
         )
-    module = _call(factory, reference, arguments)
+    with user_code(f"model factory '{reference}'"):
+        module = factory(**arguments)
     if not isinstance(module, nn.Module):
         raise InvalidInput(f"model factory '{reference}' returned {type(module).__name__}")
     return module
@@ -46,25 +51,32 @@ def load_task(reference: str) -> Task:
     task = _resolve(reference)
     if not (inspect.isclass(task) and issubclass(task, Task)):
         raise InvalidInput(f"task '{reference}' is not a subclass of dkm_export.Task")
-    made: Task = _call(task, reference, {})
+    if not isinstance(getattr(task, "metric_name", None), str):
+        raise InvalidInput(f"task '{reference}' has no metric_name")
+    with user_code(f"task '{reference}'"):
+        made: Task = task()
     return made
 
 
 def _resolve(reference: str) -> Any:
     module_name, colon, attribute = reference.partition(":")
-    if not (colon and module_name and attribute.isidentifier()):
+    names = (*module_name.split("."), attribute)
+    if not (colon and all(name.isidentifier() for name in names)):
         raise InvalidInput(f"'{reference}' does not name an object: write package.module:object")
-    # The user's own package is found from the working directory, as with `python -m`; last, so
-    # that a folder there cannot take the place of an installed package.
+    # The user's own package is found from the working directory; last, so that a folder there
+    # cannot take the place of an installed package.
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
     try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except ImportError as error:
-        raise InvalidInput(f"'{reference}' does not import: {error}") from error
-    except AttributeError as error:
-        raise InvalidInput(f"module '{module_name}' has no '{attribute}'") from error
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a module may raise anything while it is imported
+        raise InvalidInput(
+            f"'{reference}' does not import: {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, attribute):
+        raise InvalidInput(f"module '{module_name}' has no '{attribute}'")
+    return getattr(module, attribute)
 
 
 def _returns(factory: Any, kind: type) -> bool:
@@ -74,13 +86,6 @@ def _returns(factory: Any, kind: type) -> bool:
         return False
     try:
         annotation = get_type_hints(factory).get("return")
-    except NameError:
+    except Exception:  # an annotation is code too
         return False
     return inspect.isclass(annotation) and issubclass(annotation, kind)
-
-
-def _call(function: Callable[..., Any], reference: str, arguments: Mapping[str, Any]) -> Any:
-    try:
-        return function(**arguments)
-    except Exception as error:  # the user's code may raise anything
-        raise InvalidInput(f"'{reference}' failed: {type(error).__name__}: {error}") from error

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dkm_export.errors import InvalidInput
-from dkm_export.palettized import ModelSource
+from dkm_export.palettized import ModelDescription, ModelSource
 from dkm_export.references import load_task
-from dkm_export.task import Task
+from dkm_export.task import Task, batches_of, user_code
 
 COUNT = 8
 _SEED = 0
+_COMPARABLE = (torch.float32, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,9 @@ def make_samples(module: nn.Module, source: ModelSource) -> Samples:
     )
 
 
-def fixed_batches(task: Task, source: ModelSource) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+def fixed_batches(
+    task: Task, source: ModelDescription
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
     """The test split in batches of exactly the artifact's batch size.
 
     The targets of the last batch may be fewer than its inputs, which are then repeated to fill it.
@@ -70,38 +73,43 @@ def fixed_batches(task: Task, source: ModelSource) -> Iterator[tuple[tuple[Tenso
         InvalidInput: when the task's inputs are not what ``source.inputs`` says.
     """
     size = source.inputs[0].shape[0]
-    for inputs, target in task.batches("test", size):
-        repeats = -(-size // len(target))
+    for inputs, target in batches_of(task, "test", size):
+        repeats = -(-size // max(1, len(target)))
         full = tuple(torch.cat([tensor] * repeats)[:size] for tensor in inputs)
         found = [(tuple(tensor.shape), f"{tensor.dtype}") for tensor in full]
         expected = [(spec.shape, f"torch.{spec.dtype}") for spec in source.inputs]
         if found != expected:
-            raise InvalidInput(f"task '{source.task}' gives inputs {found}, expected {expected}")
+            raise InvalidInput(
+                f"task '{type(task).__name__}' gives inputs {found}, expected {expected}"
+            )
         yield full, target
 
 
 def run_reference(
-    module: nn.Module, inputs: tuple[Tensor, ...], source: ModelSource
+    module: nn.Module, inputs: tuple[Tensor, ...], source: ModelDescription
 ) -> tuple[Tensor, ...]:
     """The module's outputs as a tuple, as many as ``source.outputs`` names.
 
     Raises:
-        InvalidInput: when the model fails, or returns another number or kind of outputs.
+        InvalidInput: when the model fails, or returns another number or kind of outputs, or
+            values that are not finite and so cannot be compared.
     """
-    try:
-        with torch.no_grad():
-            result = module(*inputs)
-    except Exception as error:  # the user's code may raise anything
+    shapes = [list(tensor.shape) for tensor in inputs]
+    with user_code(f"model '{source.factory}' on inputs {shapes}"), torch.no_grad():
+        result = module(*inputs)
+    outputs = (result,) if isinstance(result, Tensor) else result
+    if (
+        not isinstance(outputs, tuple | list)
+        or len(outputs) != len(source.outputs)
+        or not all(isinstance(output, Tensor) and output.dim() for output in outputs)
+    ):
         raise InvalidInput(
-            f"model '{source.factory}' fails on inputs {[list(x.shape) for x in inputs]}: {error}"
-        ) from error
-    outputs = (result,) if isinstance(result, Tensor) else tuple(result)
-    if len(outputs) != len(source.outputs) or not all(isinstance(x, Tensor) for x in outputs):
-        raise InvalidInput(
-            f"model '{source.factory}' returns {len(outputs)} outputs, "
-            f"but the recipe names {', '.join(source.outputs)}: one tensor for each name"
+            f"model '{source.factory}' has to return {', '.join(source.outputs)}: one tensor with "
+            "a batch axis for each name, and a tuple for several"
         )
-    return outputs
+    if not all(bool(torch.isfinite(output).all()) for output in outputs):
+        raise InvalidInput(f"model '{source.factory}' returns NaN or infinity on inputs {shapes}")
+    return tuple(outputs)
 
 
 def save_samples(samples: Samples, source: ModelSource, path: Path) -> None:
@@ -131,7 +139,10 @@ def load_samples(path: Path, source: ModelSource) -> Samples:
         tuple(inputs[spec.name].shape[1:]) == spec.shape
         and str(inputs[spec.name].dtype) == f"torch.{spec.dtype}"
         for spec in source.inputs
-    )
-    if not fits or len({len(tensor) for tensor in (*inputs.values(), *outputs)}) != 1:
+    ) and all(output.dtype in _COMPARABLE for output in outputs)
+    tensors_read = (*inputs.values(), *outputs)
+    counts = {len(tensor) if tensor.dim() else 0 for tensor in tensors_read}
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors_read)
+    if not fits or not finite or len(counts) != 1 or counts == {0}:
         raise InvalidInput(f"{path}: inputs do not fit the checkpoint's model: export again")
     return Samples(inputs, outputs)

@@ -21,8 +21,9 @@ class LayerKind(StrEnum):
     EMBEDDING = "embedding"
 
 
-Bits = Annotated[int, Field(ge=1, le=MAX_BITS)]
-Dim = Annotated[int, Field(ge=1, le=MAX_DIM)]
+# strict: true, "4" and 4.0 are no numbers of bits
+Bits = Annotated[int, Field(ge=1, le=MAX_BITS, strict=True)]
+Dim = Annotated[int, Field(ge=1, le=MAX_DIM, strict=True)]
 
 
 class Frozen(BaseModel):

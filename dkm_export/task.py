@@ -1,12 +1,19 @@
-"""The contract of a task: data, loss and metric, whatever the model."""
+"""The contract of a task: data, loss and metric, whatever the model.
+
+A task is the user's code, so the functions here call it and say so when it fails.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 from torch import Tensor
+
+from dkm_export.errors import DkmError, InvalidInput
 
 Split = Literal["train", "test"]
 Batch = tuple[tuple[Tensor, ...], Tensor]
@@ -23,6 +30,10 @@ class Task(ABC):
     metric_name: ClassVar[str]
 
     @abstractmethod
+    def size(self, split: Split) -> int:
+        """Number of examples in a split."""
+
+    @abstractmethod
     def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
         """Go through a split once: in a fixed order, or shuffled (and augmented) by ``seed``."""
 
@@ -33,3 +44,55 @@ class Task(ABC):
     @abstractmethod
     def metric(self, output: Tensor, target: Tensor) -> float:
         """The metric over all outputs and targets of a split, concatenated."""
+
+
+@contextmanager
+def user_code(what: str) -> Iterator[None]:
+    """Turn whatever the user's code raises into one line that says whose it is.
+
+    Raises:
+        InvalidInput: for any exception that is not ours.
+    """
+    try:
+        yield
+    except DkmError:
+        raise
+    except Exception as error:
+        summary = str(error).strip().partition("\n")[0]
+        raise InvalidInput(f"{what} failed: {type(error).__name__}: {summary}") from error
+
+
+def batches_of(
+    task: Task, split: Split, batch_size: int, seed: int | None = None
+) -> Iterator[Batch]:
+    """`Task.batches`, with every batch checked.
+
+    Raises:
+        InvalidInput: when it fails, yields nothing, or something else than inputs and targets.
+    """
+    name = f"task '{type(task).__name__}': its '{split}' batches"
+    empty = True
+    with user_code(name):
+        for batch in task.batches(split, batch_size, seed):
+            match batch:
+                case (tuple() as inputs, Tensor()) if all(isinstance(x, Tensor) for x in inputs):
+                    empty = False
+                    yield batch
+                case _:
+                    raise InvalidInput(f"{name} are not ((input, ...), target), all tensors")
+    if empty:
+        raise InvalidInput(f"{name} are none")
+
+
+def metric_of(task: Task, output: Tensor, target: Tensor) -> float:
+    """`Task.metric`, as a finite number.
+
+    Raises:
+        InvalidInput: when it fails or returns anything else.
+    """
+    name = f"task '{type(task).__name__}': its metric"
+    with user_code(name):
+        value = task.metric(output, target)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidInput(f"{name} is {value!r}, not a finite number")
+    return float(value)

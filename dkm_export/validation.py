@@ -29,5 +29,6 @@ def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseM
         if part in model.model_fields:
             annotation = model.model_fields[str(part)].annotation
             nested = [annotation, *get_args(annotation)]
-            model = next(x for x in nested if isinstance(x, type) and issubclass(x, BaseModel))
+            models = [x for x in nested if isinstance(x, type) and issubclass(x, BaseModel)]
+            model = models[0] if models else model
     return model

@@ -406,7 +406,7 @@ def export(
         inputs=(InputSpec(name=name, shape=shape),),
         outputs=outputs,
     )
-    model = finalize(module, spec, source)
+    model = finalize(module, source)
     assert model.palettes
     load_state(reference, model.state_dict(), "reference")
     exporter, options = CoreMLExporter(), CoreMLOptions(precision="fp32")

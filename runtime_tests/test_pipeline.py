@@ -16,6 +16,9 @@ import dkm_models
 from dkm_export.checkpoint import load_checkpoint
 from dkm_export.cli.main import main
 from dkm_export.files import files_below
+from dkm_exporters.onnx import OnnxExporter
+from dkm_runtimes.coreml import CoreMLRuntime
+from dkm_runtimes.onnxruntime import OnnxRuntime
 
 RECIPES = Path(dkm_models.__path__[0]) / "recipes"
 RUNTIMES = ("onnxruntime", "executorch", "coreml-reference")
@@ -127,11 +130,53 @@ def test_a_single_artifact_can_be_checked(dkm: Dkm, export: Path) -> None:
     assert "is no artifact" in report["error"]["message"]
 
 
-def test_a_required_runtime_that_cannot_run(dkm: Dkm, export: Path) -> None:
+def test_a_required_runtime_that_cannot_run(
+    dkm: Dkm, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CoreMLRuntime, "unavailable", lambda self: "no Mac")
     code, report = dkm("check", export, "--runtime", "coreml-reference", "--require", "coreml")
-    if report["runtimes"][0]["status"] == "not_run":
-        assert code == 4
-        assert report["missing"] == ["runtime coreml did not run"]
+    assert code == 4
+    assert report["missing"] == ["runtime coreml did not run"]
+    assert {run["runtime"]: run["status"] for run in report["runtimes"]} == {
+        "coreml": "not_run",
+        "coreml-reference": "pass",
+    }
+
+
+def test_nothing_passes_without_having_run(
+    dkm: Dkm, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = export / "onnx" / "digits_cnn.onnx"
+    code, report = dkm("check", file, "--runtime", "executorch")
+    assert code == 2
+    assert "runs executorch artifacts, and here are only: onnx" in report["error"]["message"]
+    assert dkm("check", file, "--runtime", ",")[0] == 2
+    monkeypatch.setattr(OnnxRuntime, "unavailable", lambda self: "not installed")
+    code, report = dkm("check", file)
+    assert (code, report["missing"]) == (4, ["no runtime ran the onnx artifact"])
+    monkeypatch.undo()
+    monkeypatch.setattr(OnnxExporter, "unavailable", lambda self: "not installed")
+    code, report = dkm("check", file)
+    assert (code, report["missing"]) == (4, ["the palettes of the onnx artifact were not read"])
+
+
+def test_a_budget_for_the_accuracy(dkm: Dkm, export: Path) -> None:
+    file = export / "onnx" / "digits_cnn.onnx"
+    assert dkm("check", file, "--max-drop", "100")[0] == 0
+    code, report = dkm("check", file, "--max-drop", "-100")
+    assert code == 3
+    assert [finding["check"] for finding in report["reference"]][-1] == "accuracy"
+
+
+def test_a_manifest_that_describes_something_else(dkm: Dkm, copy: Path) -> None:
+    file = copy / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["contents"]["fp32_bytes"] *= 2
+    file.write_text(json.dumps(manifest))
+    code, report = dkm("check", copy / "onnx" / "digits_cnn.onnx")
+    assert code == 3
+    message = report["reference"][1]["message"]
+    assert message == "the manifest's 'fp32_bytes' is not the checkpoint's"
 
 
 def test_files_that_are_not_what_was_exported(dkm: Dkm, copy: Path) -> None:
@@ -149,7 +194,7 @@ def test_stale_samples_are_noticed(dkm: Dkm, copy: Path) -> None:
     file.write_bytes(bytes(data))
     code, report = dkm("check", copy, "--runtime", "onnxruntime")
     assert code == 3
-    assert [finding["status"] for finding in report["reference"]] == ["fail", "fail"]
+    assert [finding["status"] for finding in report["reference"]] == ["fail", "pass", "fail"]
 
 
 def test_a_cut_checkpoint_is_wrong_input(dkm: Dkm, copy: Path) -> None:

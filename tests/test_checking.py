@@ -49,6 +49,17 @@ def test_predictions_may_differ_only_in_ties() -> None:
     assert agreement(np.zeros((4, 1)), np.zeros((4, 1)), FP32) is None
 
 
+def test_nothing_agrees_with_a_reference_that_is_not_finite() -> None:
+    for value in (np.nan, np.inf):
+        broken = REFERENCE.copy()
+        broken[0, 0] = value
+        assert violations(compare(broken, REFERENCE, FP32), FP32)
+        assert violations(compare(broken, broken, FP32), FP32)
+    found = agreement(REFERENCE, np.full_like(REFERENCE, np.nan), FP32)
+    assert found is not None
+    assert found.differing == len(REFERENCE)
+
+
 def test_sensitivity_sees_constant_outputs() -> None:
     assert sensitivity(np.ones((8, 3))) == 0
     assert sensitivity(np.zeros((8, 3))) == 0
@@ -70,6 +81,8 @@ def _report(status: Status, ran: Status = Status.PASS, **values: object) -> Repo
         "reference": (),
         "artifacts": (artifact,),
         "runtimes": (runtime,),
+        "required": (),
+        "selected": ("onnx",),
     }
     return Report.model_validate(fields | values)
 

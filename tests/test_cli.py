@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import dkm_export
 import dkm_models
 from dkm_export.checkpoint import save_checkpoint
 from dkm_export.cli.main import main
@@ -153,6 +154,38 @@ def test_wrong_targets_and_options(
     code, line = _error(capsys, "export", checkpoint, "-o", tmp_path / "out", *arguments)
     assert code == 2
     assert message in line
+
+
+def test_the_public_names_are_there() -> None:
+    assert sorted(dkm_export.__all__) == sorted(dkm_export._MODULE_OF)
+    for name in dkm_export.__all__:
+        assert getattr(dkm_export, name).__name__ == name
+
+
+@pytest.mark.parametrize("shell", ["dkm inspect {0} | true", "dkm inspect {0} >&-"])
+def test_the_exit_code_survives_a_closed_pipe(checkpoint: Path, shell: str) -> None:
+    dkm = f"'{sys.executable}' -m dkm_export"
+    command = f"set -o pipefail; {shell.format(checkpoint).replace('dkm', dkm, 1)}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required"),
+        (["explode"], "invalid choice: 'explode'"),
+        (["inspect", "x", "--jsn"], "unrecognized arguments: --jsn"),
+        (["inspect", "x" * 300], "File name too long"),
+    ],
+)
+def test_wrong_usage_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
 
 
 def test_errors_are_json_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

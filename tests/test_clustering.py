@@ -45,6 +45,30 @@ def test_value_and_gradient_are_the_papers(
     torch.testing.assert_close(ours.grad, reference.grad)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("dim", "k"), [(1, 16), (1, 256), (4, 16), (4, 256)])
+def test_float32_is_close_to_float64(dim: int, k: int, offset: float) -> None:
+    """Also for small layers at 8 bits, whose temperature is tiny."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = 0.05 * torch.randn(1, 4096, dim, generator=generator) + offset
+    cotangent = torch.randn(1, 4096, dim, generator=generator)
+    start = initial_centroids(vectors, k, seed=0)
+    tau = 0.05 * mean_squared_distance(vectors, start)[:, None, None]
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        weights = vectors.to(dtype, copy=True).requires_grad_()
+        soft = soft_cluster(weights, start.to(dtype), tau.to(dtype), 3).vectors
+        (soft * cotangent).sum().backward()
+        assert weights.grad is not None
+        results.append((soft.detach().double(), weights.grad.double()))
+    (soft, gradient), (exact_soft, exact_gradient) = results
+    error = (soft - exact_soft).norm() / (exact_soft - offset).norm()
+    assert error < 1e-4
+    # float32 weights around 1 have only 6e-8 of room, which a tiny temperature magnifies
+    error = (gradient - exact_gradient).norm() / exact_gradient.norm()
+    assert error < (0.005 if offset == 0 else 0.1)
+
+
 def test_gradcheck() -> None:
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(2, 7, 2, generator=generator, dtype=torch.float64, requires_grad=True)

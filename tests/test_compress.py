@@ -14,7 +14,7 @@ from dkm_export.compress import (
 )
 from dkm_export.errors import InvalidInput
 from dkm_export.palettized import InputSpec, ModelSource
-from dkm_export.spec import CompressionSpec, LayerRule
+from dkm_export.spec import CompressionSpec, LayerKind, LayerRule
 from tests.zoo import IMAGE, TOKENS, convolutions, tokens
 
 SOURCE = ModelSource(name="convolutions", factory="tests.zoo:convolutions", inputs=IMAGE)
@@ -32,7 +32,7 @@ def test_finalized_model_is_the_prepared_one_in_eval_mode(bits: int, dim: int) -
         layers = prepare(model, spec)
         name = factory.__name__
         source = ModelSource(name=name, factory=f"tests.zoo:{name}", inputs=inputs)
-        palettized = finalize(model, spec, source)
+        palettized = finalize(model, source)
         assert palettized.palettes.keys() == {x.name for x in layers if x.bits is not None}
         sample = inputs[0].random(torch.Generator().manual_seed(1))
         with torch.no_grad():
@@ -45,7 +45,7 @@ def test_every_weight_has_its_nearest_centroid() -> None:
     model, spec = convolutions(), _spec(bits=4)
     before = model.get_parameter("stem.0.weight").detach().clone()
     prepare(model, spec)
-    palette = finalize(model, spec, SOURCE).palettes["stem.0.weight"]
+    palette = finalize(model, SOURCE).palettes["stem.0.weight"]
     lut = palette.lut.astype(np.float64).reshape(-1)
     error = np.abs(before.double().numpy() - palette.dense())
     best = np.abs(before.double().numpy()[..., None] - lut).min(-1)
@@ -56,7 +56,7 @@ def test_training_moves_weights_and_centroids_and_keeps_the_model_s_code() -> No
     model, spec = convolutions(), _spec(bits=2, dim=2)
     kinds = [type(part) for part in model.children()]
     prepare(model, spec)
-    before = finalize(model, spec, SOURCE)
+    before = finalize(model, SOURCE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
         sample = IMAGE[0].random(torch.Generator().manual_seed(0)).repeat(4, 1, 1, 1)
@@ -64,7 +64,7 @@ def test_training_moves_weights_and_centroids_and_keeps_the_model_s_code() -> No
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    after = finalize(model.eval(), spec, SOURCE)
+    after = finalize(model.eval(), SOURCE)
     assert all(
         not np.array_equal(after.palettes[name].lut, palette.lut)
         for name, palette in before.palettes.items()
@@ -95,7 +95,7 @@ def test_padding_where_dim_does_not_divide() -> None:
         arguments={"in_features": 33, "out_features": 50},
         inputs=(InputSpec(name="x", shape=(1, 33)),),
     )
-    palettized = finalize(model, spec, source)
+    palettized = finalize(model, source)
     assert palettized.palettes["weight"].layout.padding == 2
     assert torch.equal(palettized.build().get_parameter("weight"), model.eval().weight)
     model.train()(torch.randn(2, 33)).sum().backward()
@@ -123,12 +123,22 @@ def test_weights_that_no_palette_can_hold() -> None:
         model[0].weight[0, 0] = 1e6
     prepare(model, spec)
     with pytest.raises(InvalidInput, match=r"0.weight: centroids are not finite in float16"):
-        finalize(model, spec, SOURCE)
+        finalize(model, SOURCE)
     model = nn.Sequential(nn.Linear(32, 32))
     with torch.no_grad():
         model[0].weight[0, 0] = float("nan")
     with pytest.raises(InvalidInput, match=r"0.weight: weights are not finite"):
         prepare(model, spec)
+
+
+def test_nothing_to_palettize_is_an_error() -> None:
+    spec = CompressionSpec(rules=(LayerRule(kinds=(LayerKind.EMBEDDING,), bits=2),))
+    with pytest.raises(InvalidInput, match=r"no layer .* becomes a palette: no rule asks for"):
+        prepare(convolutions(), spec)
+    with pytest.raises(InvalidInput, match="no DKM layers"):
+        finalize(convolutions(), SOURCE)
+    with pytest.raises(InvalidInput, match=r"stem.0.weight is torch.float64, only torch.float32"):
+        prepare(convolutions().double(), _spec(bits=2))
 
 
 def test_a_model_is_prepared_only_once() -> None:

@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dkm_export.errors import InvalidInput
 from dkm_export.references import build_module, load_task
+from dkm_export.task import Split, batches_of, metric_of
+from dkm_models.digits import Digits
 
 
 def not_annotated():  # type: ignore[no-untyped-def]
@@ -34,7 +43,7 @@ def test_a_class_and_an_annotated_function_are_factories() -> None:
         ("tests.test_references:not_annotated", "add the annotation"),
         ("tests.test_references:wrong", "returned str"),
         ("tests.test_references:broken", "failed: ValueError: out of luck"),
-        ("no_such_package.models:net", "does not import: No module named 'no_such_package'"),
+        ("no_such_package.models:net", "does not import: ModuleNotFoundError: .*'no_such"),
         ("torch.nn:Lineal", "module 'torch.nn' has no 'Lineal'"),
         ("torch.nn", "write package.module:object"),
     ],
@@ -44,7 +53,70 @@ def test_anything_else_is_not(reference: str, message: str) -> None:
         build_module(reference, {})
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def net(:", "does not import: SyntaxError"),
+        ("raise AttributeError('x')", "does not import: AttributeError: x"),
+        ("def net() -> 1 + 'a': ...", "does not import: TypeError"),
+        ("from __future__ import annotations\ndef net() -> nn.Modul: ...", "add the annotation"),
+    ],
+)
+def test_a_module_of_the_user_s_may_be_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    name = f"broken_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    with pytest.raises(InvalidInput, match=message):
+        build_module(f"{name}:net", {})
+
+
+class Nameless(Digits):
+    metric_name = None  # type: ignore[assignment]
+
+
 def test_tasks() -> None:
     assert load_task("dkm_models.digits:Digits").metric_name == "top-1 %"
     with pytest.raises(InvalidInput, match="not a subclass of"):
         load_task("dkm_models.digits:digits_cnn")
+    with pytest.raises(InvalidInput, match="has no metric_name"):
+        load_task("tests.test_references:Nameless")
+
+
+class Wrong(Digits):
+    """Yields and returns whatever it is told."""
+
+    found: list[Any]
+    value: Any
+
+    def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Any]:
+        yield from self.found
+
+    def metric(self, output: Tensor, target: Tensor) -> Any:
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([], "'test' batches are none"),
+        ([torch.zeros(2)], r"are not \(\(input, ...\), target\), all tensors"),
+        ([((1,), torch.zeros(2))], r"are not \(\(input, ...\), target\), all tensors"),
+        (None, "'test' batches failed: TypeError"),
+    ],
+)
+def test_batches_of_a_wrong_task(found: list[Any], message: str) -> None:
+    task = Wrong()
+    task.found = found
+    with pytest.raises(InvalidInput, match=message):
+        list(batches_of(task, "test", 4))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, torch.tensor(1.0), "99"])
+def test_a_metric_is_a_finite_number(value: Any) -> None:
+    task = Wrong()
+    task.value = value
+    with pytest.raises(InvalidInput, match=r"its metric is .*, not a finite number"):
+        metric_of(task, torch.zeros(1), torch.zeros(1))

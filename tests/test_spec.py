@@ -74,6 +74,11 @@ def test_plan_refuses_tied_weights_and_bad_layouts() -> None:
     rules = (LayerRule(bits=2),)
     with pytest.raises(InvalidInput, match=r"0.weight and 1.weight are one tied weight"):
         plan(tied, CompressionSpec(rules=rules, small_layer_size=0))
+    one_skipped = CompressionSpec(
+        rules=(*rules, LayerRule(pattern="1.*", skip=True)), small_layer_size=0
+    )
+    with pytest.raises(InvalidInput, match=r"0.weight and 1.weight are one tied weight"):
+        plan(tied, one_skipped)
     shared = nn.Linear(32, 32)
     with pytest.raises(InvalidInput, match=r"0.weight and 1.weight are one tied weight"):
         plan(nn.Sequential(shared, shared), CompressionSpec(rules=rules, small_layer_size=0))

@@ -81,6 +81,38 @@ def test_a_pickle_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.outputs=['image']"], "input and output names repeat"),
+        (["model.outputs=['a', 'b']"], "has to return a, b: one tensor"),
+        (["model.inputs=[]"], "'model.inputs': Tuple should have at least 1 item"),
+        (["model.inputs=[{name='x', shape=[]}]"], "'model.inputs.0.shape'"),
+        (["model.inputs=[{name='x', shape=[1, 3, 8, 8]}]"], r"on inputs \[\[1, 3, 8, 8\]\] failed"),
+        (["model.inputs=[{name='x', shape=[1, 1, 9, 9]}]"], "task 'Digits' gives inputs"),
+        (["compression.rules=[]"], "no layer of the model becomes a palette"),
+        (["compression.rules=[{bits=true}]"], "'compression.rules.0.bits': Input should be a val"),
+        (["dkm.tau=inf"], "'dkm.tau': Input should be a finite number"),
+        (["seed=-1"], "'seed'"),
+    ],
+)
+def test_wrong_recipes_show_before_the_training(overrides: list[str], message: str) -> None:
+    def never(status: str, done: int, total: int) -> None:
+        raise AssertionError(status)
+
+    with pytest.raises(InvalidInput, match=message):
+        run_recipe(load_recipe(RECIPES / "digits.toml", overrides), never)
+
+
+@pytest.mark.slow
+def test_the_demo_s_recipe_keeps_the_accuracy() -> None:
+    _, metrics = run_recipe(load_recipe(RECIPES / "digits.toml"), _ignore)
+    assert metrics.fp32 is not None
+    assert metrics.hard is not None
+    assert metrics.fp32 >= 97.5
+    assert metrics.fp32 - metrics.hard <= 1.5
+
+
 def test_divergence_is_an_error() -> None:
     recipe = load_recipe(RECIPES / "digits.toml", [*SHORT, "train.learning_rate=1e30"])
     with pytest.raises(InvalidInput, match=r"fp32: the loss is (nan|inf) .*learning rate"):

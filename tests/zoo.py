@@ -87,4 +87,4 @@ def palettize(
     spec = CompressionSpec(rules=rules, small_layer_size=small_layer_size)
     prepare(module, spec)
     name = factory.rpartition(":")[2]
-    return finalize(module, spec, ModelSource(name=name, factory=factory, inputs=inputs))
+    return finalize(module, ModelSource(name=name, factory=factory, inputs=inputs))

@@ -50,9 +50,9 @@ class Fidelity(Frozen):
         max_abs: largest absolute error.
         relative_l2: norm of the error over norm of the reference.
         sqnr_db: signal to error ratio in dB; None when the output is exact.
-        cosine: of output and reference, flattened; 0 when either is zero or not finite.
+        cosine: of output and reference, flattened; 0 when it is not defined.
         outside: elements beyond `Limits.tolerance`.
-        nonfinite: elements that are NaN or infinite where the reference is not.
+        nonfinite: elements that are NaN or infinite, here or in the reference.
     """
 
     max_abs: float
@@ -66,12 +66,20 @@ class Fidelity(Frozen):
 def compare(reference: npt.NDArray[Any], output: npt.NDArray[Any], limits: Limits) -> Fidelity:
     """Measure ``output`` against ``reference``, two arrays of the same shape."""
     expected, actual = reference.astype(np.float64), output.astype(np.float64)
-    nonfinite = int((~np.isfinite(actual) & np.isfinite(expected)).sum())
-    error = np.nan_to_num(actual - expected, nan=np.inf)
-    signal = float(np.linalg.norm(expected))
-    noise = np.inf if nonfinite else float(np.linalg.norm(error))
+    nonfinite = int((~np.isfinite(actual) | ~np.isfinite(expected)).sum())
+    if nonfinite:
+        return Fidelity(
+            max_abs=np.inf,
+            relative_l2=np.inf,
+            sqnr_db=-np.inf,
+            cosine=0.0,
+            outside=nonfinite,
+            nonfinite=nonfinite,
+        )
+    error = actual - expected
+    signal, noise = float(np.linalg.norm(expected)), float(np.linalg.norm(error))
     relative = noise / signal if signal else (np.inf if noise else 0.0)
-    norms = 0.0 if nonfinite else signal * float(np.linalg.norm(actual))
+    norms = signal * float(np.linalg.norm(actual))
     return Fidelity(
         max_abs=float(np.abs(error).max(initial=0.0)),
         relative_l2=relative,
@@ -87,14 +95,14 @@ def violations(fidelity: Fidelity, limits: Limits) -> list[str]:
     found = []
     if fidelity.nonfinite:
         found.append(f"{fidelity.nonfinite} elements are NaN or infinite")
-    if fidelity.relative_l2 > limits.relative_l2:
+    if not fidelity.relative_l2 <= limits.relative_l2:
         found.append(f"relative L2 {fidelity.relative_l2:.2e} exceeds {limits.relative_l2:.0e}")
     if fidelity.outside:
         found.append(
             f"{fidelity.outside} elements differ by more than "
             f"{limits.rtol:.0e} relative + {limits.atol:.0e} of the largest"
         )
-    if fidelity.sqnr_db is not None and fidelity.sqnr_db < limits.sqnr_db:
+    if fidelity.sqnr_db is not None and not fidelity.sqnr_db >= limits.sqnr_db:
         found.append(f"SQNR {fidelity.sqnr_db:.1f} dB is below {limits.sqnr_db:.0f} dB")
     return found
 
@@ -121,11 +129,11 @@ def agreement(
     expected = reference.astype(np.float64)
     rows = np.arange(len(expected))
     chosen, other = expected.argmax(1), output.argmax(1)
-    differs = chosen != other
+    differs = (chosen != other) | ~np.isfinite(output).all(1)
     margin = expected[rows, chosen] - expected[rows, other]
     # Both candidates may move by their tolerance, towards each other.
     tolerance = limits.tolerance(expected)
-    tie = margin <= tolerance[rows, chosen] + tolerance[rows, other]
+    tie = np.isfinite(output).all(1) & (margin <= tolerance[rows, chosen] + tolerance[rows, other])
     return Agreement(differing=int((differs & ~tie).sum()), ties=int((differs & tie).sum()))
 
 

@@ -23,12 +23,27 @@ class Status(StrEnum):
     NOT_RUN = "not_run"
 
 
+Check = Literal[
+    "structure", "samples", "accuracy", "fidelity", "predictions", "negative control", "run"
+]
+
+
 class Finding(Frozen):
     """One check: what it looked at, how it ended, and the figure or reason."""
 
-    check: Literal["structure", "samples", "fidelity", "predictions", "negative control", "run"]
+    check: Check
     status: Status
     message: str
+
+
+def passed(check: Check, message: str) -> Finding:
+    """A finding that is as it should be."""
+    return Finding(check=check, status=Status.PASS, message=message)
+
+
+def failed(check: Check, message: str) -> Finding:
+    """A finding that fails the check."""
+    return Finding(check=check, status=Status.FAIL, message=message)
 
 
 class ArtifactReport(Frozen):
@@ -77,6 +92,7 @@ class Report(Frozen):
         metrics: the task's metric in PyTorch: ``fp32`` as recorded when the model was compressed,
             ``hard`` measured now.
         required: runtimes that have to run.
+        selected: targets whose artifact has to run on at least one runtime.
     """
 
     schema_version: Literal[1] = 1
@@ -89,7 +105,8 @@ class Report(Frozen):
     reference: tuple[Finding, ...]
     artifacts: tuple[ArtifactReport, ...]
     runtimes: tuple[RuntimeReport, ...]
-    required: tuple[str, ...] = ()
+    required: tuple[str, ...]
+    selected: tuple[str, ...]
 
     @property
     def suites(self) -> list[tuple[str, tuple[Finding, ...]]]:
@@ -102,14 +119,19 @@ class Report(Frozen):
 
     @property
     def missing(self) -> list[str]:
-        """Required runtimes that did not run, and artifacts that no runtime ran."""
+        """Required runtimes that did not run, and artifacts that were not read or not run."""
         ran = [runtime for runtime in self.runtimes if runtime.status is not Status.NOT_RUN]
         runtimes, targets = {r.runtime for r in ran}, {r.target for r in ran}
         missing = [f"runtime {name} did not run" for name in self.required if name not in runtimes]
-        return missing + [
-            f"no runtime ran the {artifact.target} artifact"
+        missing += [
+            f"the palettes of the {artifact.target} artifact were not read"
             for artifact in self.artifacts
-            if artifact.target not in targets
+            if worst(artifact.findings) is Status.NOT_RUN
+        ]
+        return missing + [
+            f"no runtime ran the {target} artifact"
+            for target in self.selected
+            if target not in targets
         ]
 
     @property

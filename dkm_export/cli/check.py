@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dkm_export.cli.terminal import Terminal, ratio
-from dkm_export.errors import ExitCode
+from dkm_export.errors import ExitCode, InvalidInput
 
 if TYPE_CHECKING:
     from dkm_export.checking.report import Report
@@ -24,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--require", action="append", default=[], metavar="R[,R]", help="exit 4 unless these run"
     )
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="fail when the task's metric fell by more during compression",
+    )
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit XML report")
     parser.add_argument("--force", action="store_true", help="replace an existing report")
 
@@ -32,14 +38,17 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run ``dkm check``."""
     from dkm_export.checking.check import check
     from dkm_export.checking.junit import junit_xml
-    from dkm_export.files import require_absent, staged
+    from dkm_export.files import require_replaceable, staged
 
     if options.junit:
-        require_absent(options.junit, force=options.force)
+        if options.junit.resolve().is_relative_to(options.path.resolve()):
+            raise InvalidInput(f"{options.junit} lies in the export itself: name another file")
+        require_replaceable(options.junit, force=options.force)
     report = check(
         options.path,
         runtimes=_names(options.runtime),
         required=_names(options.require),
+        max_drop=options.max_drop,
         progress=terminal.progress,
         verbose=terminal.verbose,
     )
@@ -54,14 +63,14 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _names(values: list[str]) -> list[str]:
-    return [name for value in values for name in value.split(",") if name]
+    return [name for value in values for name in value.split(",")]
 
 
 def _print(report: Report, terminal: Terminal) -> None:
     for owner, findings in report.suites:
         for finding in findings:
-            print(f"{finding.status:<8} {owner:<17} {finding.check:<17} {finding.message}")
-    print()
+            terminal.print(f"{finding.status:<8} {owner:<17} {finding.check:<17} {finding.message}")
+    terminal.print()
     metric = report.metric_name or "metric"
     pytorch = [_figure(report.metrics.get(name)) for name in ("fp32", "hard")]
     artifacts = {artifact.target: artifact for artifact in report.artifacts}
@@ -99,8 +108,10 @@ def _print(report: Report, terminal: Terminal) -> None:
         rows,
     )
     for line in report.missing:
-        print(f"not done: {line}")
-    print("passed" if report.exit_code is ExitCode.OK else f"exit code {int(report.exit_code)}")
+        terminal.print(f"not done: {line}")
+    terminal.print(
+        "passed" if report.exit_code is ExitCode.OK else f"exit code {int(report.exit_code)}"
+    )
 
 
 def _figure(value: float | None) -> str:

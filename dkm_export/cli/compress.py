@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dkm_export.cli.terminal import Terminal, ratio, size
 from dkm_export.errors import ExitCode, InvalidInput
+from dkm_export.files import CHECKPOINT, staged
 
 if TYPE_CHECKING:
     from dkm_export.training.recipe import Recipe
@@ -29,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run ``dkm compress``."""
-    from dkm_export.checkpoint import FILE_NAME, save_checkpoint
-    from dkm_export.files import require_absent, staged
+    from dkm_export.checkpoint import save_checkpoint
     from dkm_export.training.recipe import load_recipe
     from dkm_export.training.stage import run_recipe
 
@@ -40,14 +40,13 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         return _show_plan(recipe, terminal)
     if options.output is None:
         raise InvalidInput("name the folder to make: -o RUN")
-    require_absent(options.output, force=options.force)
-    with terminal.training_progress() as progress:
-        model, metrics = run_recipe(recipe, progress)
-    with staged(options.output, force=options.force) as folder:
-        folder.mkdir()
-        save_checkpoint(model, folder / FILE_NAME)
+    output, force = options.output, options.force
+    with staged(output, force=force, folder=True, source=options.recipe) as folder:
+        with terminal.training_progress() as progress:
+            model, metrics = run_recipe(recipe, progress)
+        save_checkpoint(model, folder / CHECKPOINT)
         (folder / "metrics.json").write_text(metrics.model_dump_json(indent=2) + "\n")
-    file = options.output / FILE_NAME
+    file = options.output / CHECKPOINT
     if terminal.json:
         terminal.result({"checkpoint": str(file), "metrics": metrics.model_dump(mode="json")})
         return ExitCode.OK
@@ -64,14 +63,15 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     if metrics.epochs:
         rows.append(("soft - hard gap", f"{metrics.epochs[-1].gap:+.2f}"))
     for name, value in rows:
-        print(f"{name:<20} {value}")
+        terminal.print(f"{name:<20} {value}")
     return ExitCode.OK
 
 
 def _show_plan(recipe: Recipe, terminal: Terminal) -> int:
     from dkm_export.training.stage import plan_recipe
 
-    layers = plan_recipe(recipe)
+    layers, rest = plan_recipe(recipe)
+    total = sum(layer.nbytes for layer in layers) + rest
     if terminal.json:
         terminal.result(
             {
@@ -86,7 +86,9 @@ def _show_plan(recipe: Recipe, terminal: Terminal) -> int:
                         "reason": layer.reason,
                     }
                     for layer in layers
-                ]
+                ],
+                "other_bytes": rest,
+                "bytes": total,
             }
         )
         return ExitCode.OK
@@ -106,4 +108,6 @@ def _show_plan(recipe: Recipe, terminal: Terminal) -> int:
             for layer in layers
         ],
     )
+    terminal.print(f"everything else stays dense: {size(rest)}")
+    terminal.print(f"predicted checkpoint, without its header: {size(total)}")
     return ExitCode.OK

@@ -56,10 +56,10 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         terminal.result({"output": str(options.output), "manifest": manifest.model_dump()})
         return ExitCode.OK
     terminal.table(
-        f"exported {manifest.name} to {options.output}",
+        f"exported {manifest.contents.name} to {options.output}",
         ("target", "file", "bytes", "ratio to fp32"),
         [
-            (a.target, a.path, size(a.bytes), ratio(manifest.fp32_bytes, a.bytes))
+            (a.target, a.path, size(a.bytes), ratio(manifest.contents.fp32_bytes, a.bytes))
             for a in manifest.artifacts
         ],
     )
@@ -90,6 +90,8 @@ def _show_plan(
     if terminal.json:
         terminal.result({"targets": names, "palette_bytes": palettes, "dense_bytes": dense})
         return ExitCode.OK
-    print(f"{', '.join(names)}: can hold all {len(plan.model.palettes)} palettes")
-    print(f"payload: palettes {size(palettes)} + dense {size(dense)}, the graph comes on top")
+    terminal.print(f"{', '.join(names)}: can hold all {len(plan.model.palettes)} palettes")
+    terminal.print(
+        f"payload: palettes {size(palettes)} + dense {size(dense)}, the graph comes on top"
+    )
     return ExitCode.OK

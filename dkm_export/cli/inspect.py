@@ -46,7 +46,9 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         shape = "x".join(map(str, palette.layout.shape))
         rows.append((name, shape, *(entry[key] for key in _KEYS)))
     terminal.table(str(file), ("layer", "shape", *_KEYS), rows)
-    print(f"palettes {size(payload)}, everything else {size(total - payload)}, file {size(total)}")
+    terminal.print(
+        f"palettes {size(payload)}, everything else {size(total - payload)}, file {size(total)}"
+    )
     return ExitCode.OK
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from dkm_export import __version__
 from dkm_export.cli import check, compress, export, inspect, targets
 from dkm_export.cli.terminal import Terminal
-from dkm_export.errors import DkmError, ExitCode
+from dkm_export.errors import DkmError, ExitCode, InvalidInput
 
 _INTERRUPTED = 130
 _VERBS = (compress, export, check, inspect, targets)
@@ -18,37 +22,49 @@ _VERBS = (compress, export, check, inspect, targets)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``dkm`` with ``arguments`` (those of the process by default); returns the exit code."""
-    options = _parser().parse_args(arguments)
-    terminal = Terminal(json=options.json, quiet=options.quiet, verbose=options.verbose)
+    _open_closed_streams()
+    if threading.current_thread() is threading.main_thread():
+        # A build server that gives up must not leave half of an output behind.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    terminal = Terminal(json="--json" in arguments)
     try:
+        options = _parser().parse_args(arguments)
+        terminal = Terminal(json=options.json, quiet=options.quiet, verbose=options.verbose)
         return int(options.run(options, terminal))
     except DkmError as error:
-        if options.verbose:
+        if terminal.verbose:
             traceback.print_exc()
         terminal.error(str(error), error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         terminal.error("interrupted", _INTERRUPTED)
         return _INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output, such as `head`, has seen enough.
-        sys.stderr.close()
-        return ExitCode.OK
+    except OSError as error:
+        terminal.error(f"{error.filename or 'output'}: {error.strerror}", ExitCode.USAGE)
+        return ExitCode.USAGE
     except Exception as error:
         traceback.print_exc()
         terminal.error(f"internal error, please report it: {error}", ExitCode.INTERNAL)
         return ExitCode.INTERNAL
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises its errors like all others, so that ``--json`` prints them too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InvalidInput(f"{message}: see `{self.prog} --help`")
+
+
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     volume = common.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", action="store_true", help="no progress")
     volume.add_argument(
         "-v", "--verbose", action="store_true", help="what libraries print, and tracebacks"
     )
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dkm",
         description="Palettize PyTorch models with differentiable k-means, export them to "
         "Core ML, ONNX and ExecuTorch, and check every artifact.",
@@ -66,3 +82,14 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_arguments(subparser)
         subparser.set_defaults(run=verb.run)
     return parser
+
+
+def _open_closed_streams() -> None:
+    """Give a process that was started without stdout or stderr something to write to."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != descriptor:
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(descriptor, "w"))

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
             for exporter in exporters
         ],
     )
-    print("rest: where dim does not divide its axis\n")
+    terminal.print("rest: where dim does not divide its axis\n")
     terminal.table(
         "runtimes",
         ("runtime", "target", "how it runs", "here"),

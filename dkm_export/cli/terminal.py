@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,9 +63,20 @@ class Terminal:
         if done * 10 // total > (done - 1) * 10 // total:
             self.progress(status)
 
+    def print(self, text: str = "") -> None:
+        """A line of the result; when its reader is gone, as `head` goes, nobody misses it.
+
+        A closed pipe must not end the program: its exit code is still to come.
+        """
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 for the rest of the process
+
     def result(self, data: dict[str, Any]) -> None:
         """The one JSON object of ``--json``."""
-        print(json.dumps({"schema_version": _SCHEMA_VERSION} | data, indent=2))
+        document = {"schema_version": _SCHEMA_VERSION} | data
+        self.print(json.dumps(document, indent=2, allow_nan=False))
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table with numbers to the right, as wide as its content: a log has no width."""
@@ -81,11 +94,11 @@ class Terminal:
             )
             return "  ".join(padded).rstrip()
 
-        print(title)
-        print(line(header))
-        print("  ".join("-" * width for width in widths))
+        self.print(title)
+        self.print(line(header))
+        self.print("  ".join("-" * width for width in widths))
         for row in cells:
-            print(line(row))
+            self.print(line(row))
 
     def error(self, message: str, code: int) -> None:
         """One line on stderr; with ``--json`` also an object on stdout."""

@@ -27,13 +27,20 @@ class Clusters(NamedTuple):
 def attention(vectors: Tensor, centroids: Tensor, tau: Tensor) -> Tensor:
     """Row-softmax of ``-|w - c|^2 / tau``: ``[groups, n, k]``, rows sum to 1.
 
-    ``|w|^2`` is the same along a row and cancels, so the logits need no distances.
+    For vectors, ``|w|^2`` is the same along a row and cancels, so that one product does. With
+    scalars there can be many centroids close together, for which the product's rounding is too
+    coarse.
 
     Args:
         vectors: ``[groups, n, dim]``.
         centroids: ``[groups, k, dim]``.
         tau: temperature per group, ``[groups, 1, 1]``, in squared units of the weights.
     """
+    if vectors.shape[-1] == 1:
+        return torch.softmax((vectors - centroids.transpose(1, 2)).square() / -tau, dim=-1)
+    # Products of values around zero round least, and distances do not change with the origin.
+    origin = centroids.mean(1, keepdim=True).detach()
+    vectors, centroids = vectors - origin, centroids - origin
     half_norms = centroids.square().sum(-1).unsqueeze(1) / 2
     products = torch.baddbmm(-half_norms, vectors, centroids.transpose(1, 2))
     return torch.softmax(products * (2 / tau), dim=-1)

@@ -19,11 +19,11 @@ def assign(vectors: Tensor, centroids: Tensor) -> Tensor:
     Returns:
         int64 ``[groups, n]``.
     """
-    half_norms = centroids.square().sum(-1).unsqueeze(1) / 2
     groups, k, _ = centroids.shape
     tiles = vectors.split(max(1, _TILE // (groups * k)), dim=1)
-    scores = (torch.baddbmm(-half_norms, tile, centroids.transpose(1, 2)) for tile in tiles)
-    return torch.cat([score.argmax(-1) for score in scores], dim=1)
+    # Differences instead of products: a product's rounding could prefer the second nearest.
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cat([torch.cdist(x, centroids, compute_mode=exact).argmin(-1) for x in tiles], 1)
 
 
 def mean_squared_distance(vectors: Tensor, centroids: Tensor) -> Tensor:

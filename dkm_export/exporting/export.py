@@ -12,12 +12,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from dkm_export import __version__
-from dkm_export.checkpoint import FILE_NAME, find_checkpoint, load_checkpoint
-from dkm_export.entry import PaletteEntry
+from dkm_export.checkpoint import find_checkpoint, load_checkpoint
 from dkm_export.errors import DkmError, GateFailed, InvalidInput, Unsupported
 from dkm_export.exporting.exporter import Exporter
-from dkm_export.files import require_absent, staged
-from dkm_export.manifest import Artifact, FileEntry, LayerEntry, Manifest
+from dkm_export.files import CHECKPOINT, staged
+from dkm_export.manifest import Artifact, Contents, FileEntry, Manifest
 from dkm_export.palettized import PalettizedModel
 from dkm_export.plugins import EXPORTERS, discover, select
 from dkm_export.quiet import quiet
@@ -107,14 +106,12 @@ def export(
         Unsupported: when a target is not installed or cannot hold the model.
         GateFailed: when a palette in an artifact is not the checkpoint's.
     """
-    require_absent(output, force=force)
     plan = plan_export(checkpoint, targets, settings)
-    with staged(output, force=force) as root:
-        root.mkdir()
+    with staged(output, force=force, folder=True, source=checkpoint) as root:
         progress("pytorch: reference outputs")
         samples = make_samples(plan.model.build(), plan.model.source)
         save_samples(samples, plan.model.source, root / SAMPLES)
-        shutil.copyfile(plan.checkpoint, root / FILE_NAME)
+        shutil.copyfile(plan.checkpoint, root / CHECKPOINT)
         artifacts = []
         for exporter, options in plan.targets:
             progress(f"{exporter.target}: lowering")
@@ -129,18 +126,19 @@ def _lower(
 ) -> Artifact:
     folder = root / exporter.target
     folder.mkdir()
-    try:
-        with quiet(enabled=not verbose):
-            path = exporter.lower(model, model.build(), folder, options)
+    module = model.build()
+    with quiet(enabled=not verbose):
+        try:
+            path = exporter.lower(model, module, folder, options)
             found = exporter.read_palettes(path)
-    except DkmError:
-        raise
-    except Exception as error:  # converters raise anything
-        summary = str(error).strip().partition("\n")[0]
-        raise Unsupported(
-            f"{exporter.target}: cannot lower '{model.source.name}': "
-            f"{type(error).__name__}: {summary} (-v shows all)"
-        ) from error
+        except DkmError:
+            raise
+        except Exception as error:  # converters raise anything
+            summary = str(error).strip().partition("\n")[0]
+            raise Unsupported(
+                f"{exporter.target}: cannot lower '{model.source.name}': "
+                f"{type(error).__name__}: {summary} (-v shows all)"
+            ) from error
     problems = palette_problems(model, found)
     if problems:
         raise GateFailed(f"{exporter.target}: {problems[0]}")
@@ -161,22 +159,12 @@ def palette_problems(model: PalettizedModel, found: Mapping[str, Any]) -> list[s
 
 
 def _manifest(model: PalettizedModel, artifacts: Sequence[Artifact], root: Path) -> Manifest:
-    layers = {
-        name: LayerEntry(**PaletteEntry.of(palette).model_dump(), bytes=palette.nbytes)
-        for name, palette in model.palettes.items()
-    }
     installed = {dist.name for dist in metadata.distributions()}
     return Manifest(
         tool_version=__version__,
         dependencies={name: metadata.version(name) for name in _RECORDED if name in installed},
-        name=model.source.name,
-        factory=model.source.factory,
-        task=model.source.task,
-        metrics=dict(model.metrics),
-        fp32_bytes=model.fp32_bytes,
-        palette_bytes=sum(layer.bytes for layer in layers.values()),
-        layers=layers,
-        checkpoint=FileEntry.of(root / FILE_NAME, root),
+        contents=Contents.of(model),
+        checkpoint=FileEntry.of(root / CHECKPOINT, root),
         samples=FileEntry.of(root / SAMPLES, root),
         artifacts=tuple(artifacts),
     )

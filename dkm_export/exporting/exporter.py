@@ -60,6 +60,10 @@ class Capabilities:
         return None
 
 
+class NoOptions(Frozen):
+    """For a target without settings."""
+
+
 Options = TypeVar("Options", bound=Frozen)
 
 

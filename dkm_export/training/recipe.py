@@ -9,36 +9,37 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from dkm_export.compress import DkmSettings
+from dkm_export.compress import DkmSettings, Positive
 from dkm_export.errors import InvalidInput
-from dkm_export.palettized import InputSpec, ModelSource, Name
+from dkm_export.palettized import ModelDescription, ModelSource
 from dkm_export.settings import parse_setting
 from dkm_export.spec import CompressionSpec, Frozen
 from dkm_export.validation import explain
 
 
-class ModelSection(Frozen):
-    """The model: see `ModelSource` for the keys.
+class ModelSection(ModelDescription):
+    """The model.
 
     Attributes:
         weights: a safetensors file, or a state dict that torch reads with ``weights_only``;
             relative to the recipe. None for the factory's own weights.
     """
 
-    name: Name
-    factory: str
-    arguments: dict[str, Any] = Field(default_factory=dict)
     weights: Path | None = None
-    inputs: tuple[InputSpec, ...]
-    outputs: tuple[Name, ...] = ("output",)
 
 
 class TrainSection(Frozen):
-    """One phase of training, with Adam and a learning rate that falls to 0 along a cosine."""
+    """One phase of training, with Adam and a learning rate that falls to 0 along a cosine.
+
+    Attributes:
+        epochs: how often to go through the training split.
+        batch_size: examples per step.
+        learning_rate: of the first step.
+    """
 
     epochs: Annotated[int, Field(ge=0)]
     batch_size: Annotated[int, Field(ge=1)] = 64
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Positive = 1e-3
 
 
 class DkmSection(TrainSection, DkmSettings):
@@ -48,7 +49,7 @@ class DkmSection(TrainSection, DkmSettings):
         tau_end: ``tau`` falls geometrically from ``tau`` in the first epoch to this in the last.
     """
 
-    tau_end: Annotated[float, Field(gt=0)] = 0.05
+    tau_end: Positive = 0.05
 
 
 class Recipe(Frozen):
@@ -60,7 +61,7 @@ class Recipe(Frozen):
         train: float training before compression; left out for a model that has its weights.
     """
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     task: str | None = None
     model: ModelSection
     train: TrainSection | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -14,11 +15,12 @@ from torch.nn.utils import parametrize
 
 from dkm_export.compress import finalize, prepare, set_temperature, soft_weights
 from dkm_export.errors import InvalidInput
-from dkm_export.layers import LayerPlan, plan
+from dkm_export.layers import LayerPlan, plan, require_palettes
 from dkm_export.palettized import PalettizedModel, load_state
 from dkm_export.references import build_module, load_task
+from dkm_export.samples import fixed_batches, run_reference
 from dkm_export.spec import Frozen
-from dkm_export.task import Task
+from dkm_export.task import Task, batches_of, metric_of, user_code
 from dkm_export.training.recipe import Recipe, TrainSection
 
 _BATCH = 256
@@ -69,9 +71,12 @@ class Metrics(Frozen):
     sizes: Sizes
 
 
-def plan_recipe(recipe: Recipe) -> list[LayerPlan]:
-    """What `run_recipe` would do to each layer."""
-    return plan(_load_model(recipe), recipe.compression)
+def plan_recipe(recipe: Recipe) -> tuple[list[LayerPlan], int]:
+    """What `run_recipe` would do to each layer, and the bytes of everything else in the model."""
+    model = _load_model(recipe)
+    layers = plan(model, recipe.compression)
+    whole = sum(tensor.nbytes for tensor in model.state_dict().values())
+    return layers, whole - sum(4 * layer.layout.size for layer in layers)
 
 
 def run_recipe(recipe: Recipe, progress: Progress) -> tuple[PalettizedModel, Metrics]:
@@ -89,8 +94,7 @@ def run_recipe(recipe: Recipe, progress: Progress) -> tuple[PalettizedModel, Met
     torch.set_flush_denormal(True)
     model = _load_model(recipe)
     task = load_task(recipe.task) if recipe.task else None
-    # Wrong rules should show before the training, not after it.
-    plan(model, recipe.compression)
+    _try_out(model, task, recipe)
     if task and recipe.train:
         for _ in _train(model, task, recipe.train, recipe.seed, "fp32", progress):
             pass
@@ -101,7 +105,6 @@ def run_recipe(recipe: Recipe, progress: Progress) -> tuple[PalettizedModel, Met
     measured = {"fp32": fp32, "hard": hard}
     palettized = finalize(
         model,
-        recipe.compression,
         recipe.source(),
         {name: value for name, value in measured.items() if value is not None},
     )
@@ -122,9 +125,9 @@ def run_recipe(recipe: Recipe, progress: Progress) -> tuple[PalettizedModel, Met
 def evaluate(model: nn.Module, task: Task) -> float:
     """The task's metric over the test split, with ``model`` in the mode that it is in."""
     with torch.no_grad(), parametrize.cached():
-        results = [(model(*inputs), target) for inputs, target in task.batches("test", _BATCH)]
+        results = [(model(*inputs), target) for inputs, target in batches_of(task, "test", _BATCH)]
     outputs, targets = zip(*results, strict=True)
-    return task.metric(torch.cat(outputs), torch.cat(targets))
+    return metric_of(task, torch.cat(outputs), torch.cat(targets))
 
 
 def _fine_tune(model: nn.Module, task: Task, recipe: Recipe, progress: Progress) -> Iterator[Epoch]:
@@ -149,8 +152,8 @@ def _train(
     model: nn.Module, task: Task, section: TrainSection, seed: int, name: str, progress: Progress
 ) -> Iterator[float]:
     """Train, and yield after each epoch the mean loss of its batches."""
-    batches = sum(1 for _ in task.batches("train", section.batch_size))
-    steps = batches * section.epochs
+    batches = -(-task.size("train") // section.batch_size)
+    steps = max(1, batches * section.epochs)
     optimizer = torch.optim.Adam(model.parameters(), lr=section.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     for epoch in range(section.epochs):
@@ -158,9 +161,9 @@ def _train(
         total = 0.0
         shuffle = seed * _SEEDS_PER_RUN + epoch
         for batch, (inputs, target) in enumerate(
-            task.batches("train", section.batch_size, seed=shuffle), 1
+            batches_of(task, "train", section.batch_size, seed=shuffle), 1
         ):
-            loss = task.loss(model(*inputs), target)
+            loss = _loss(model, task, inputs, target)
             if not torch.isfinite(loss):
                 raise InvalidInput(
                     f"{name}: the loss is {loss.item()} in epoch {epoch + 1}: "
@@ -172,8 +175,27 @@ def _train(
             schedule.step()
             total += loss.item()
             status = f"{name} epoch {epoch + 1}/{section.epochs}, loss {total / batch:.4f}"
-            progress(status, epoch * batches + batch, steps)
-        yield total / batches
+            progress(status, min(epoch * batches + batch, steps), steps)
+        yield total / batch
+
+
+def _loss(model: nn.Module, task: Task, inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
+    with user_code("the model in training"):
+        output = model(*inputs)
+    with user_code(f"task '{type(task).__name__}': its loss"):
+        return task.loss(output, target)
+
+
+def _try_out(model: nn.Module, task: Task | None, recipe: Recipe) -> None:
+    """What is wrong with a recipe should show before the training, not after it."""
+    require_palettes(plan(model, recipe.compression))
+    run_reference(model.eval(), recipe.model.example_inputs(), recipe.model)
+    if task is None:
+        return
+    for inputs, target in islice(fixed_batches(task, recipe.model), 1):
+        output, *_ = run_reference(model, inputs, recipe.model)
+        metric_of(task, output[: len(target)], target)
+        _loss(model, task, inputs, target)
 
 
 def _load_model(recipe: Recipe) -> nn.Module:

@@ -61,6 +61,9 @@ class Digits(Task):
 
     metric_name = "top-1 %"
 
+    def size(self, split: Split) -> int:
+        return len(self._splits[split][1])
+
     def batches(self, split: Split, batch_size: int, seed: int | None = None) -> Iterator[Batch]:
         images, labels = self._splits[split]
         order = torch.arange(len(labels))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dkm_export.exporting import Capabilities, Exporter
+from dkm_export.exporting import Capabilities, Exporter, NoOptions
 from dkm_export.palette import MAX_BITS, MAX_DIM
-from dkm_export.spec import Frozen
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,11 +15,7 @@ if TYPE_CHECKING:
     from dkm_export.palettized import PalettizedModel
 
 
-class ExecuTorchOptions(Frozen):
-    """No settings: the program uses no delegate, so there is nothing to choose."""
-
-
-class ExecuTorchExporter(Exporter[ExecuTorchOptions]):
+class ExecuTorchExporter(Exporter[NoOptions]):
     """One ``.pte`` file: float16 LUTs and packed indices, decoded to float32 before each use."""
 
     target = "executorch"
@@ -29,10 +24,10 @@ class ExecuTorchExporter(Exporter[ExecuTorchOptions]):
     capabilities = Capabilities(
         bits=tuple(range(1, MAX_BITS + 1)), max_dim=MAX_DIM, axes=None, groups=True, padding=True
     )
-    options = ExecuTorchOptions
+    options = NoOptions
 
     def lower(
-        self, model: PalettizedModel, module: nn.Module, folder: Path, options: ExecuTorchOptions
+        self, model: PalettizedModel, module: nn.Module, folder: Path, options: NoOptions
     ) -> Path:
         """Write ``<name>.pte``; batch norms are folded into the palettes' scales first.
 

@@ -33,8 +33,9 @@ def lower(module: nn.Module, palettes: Mapping[str, Palette], source: ModelSourc
     """
     _check_layers(module)
     inputs = source.example_inputs()
+    folded = fold_batch_norm(module, palettes, inputs)
     with _explained("torch.export"):
-        attach(module, fold_batch_norm(module, palettes, inputs))
+        attach(module, folded)
         program = torch.export.export(module, inputs)
         # A layer that only looks at its weight leaves a decode that would not reach the program.
         program.graph.eliminate_dead_code()

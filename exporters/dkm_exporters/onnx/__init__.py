@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dkm_export.exporting import Capabilities, Exporter
+from dkm_export.exporting import Capabilities, Exporter, NoOptions
 from dkm_export.palette import MAX_BITS, MAX_DIM
-from dkm_export.spec import Frozen
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,11 +15,7 @@ if TYPE_CHECKING:
     from dkm_export.palettized import PalettizedModel
 
 
-class OnnxOptions(Frozen):
-    """No settings: opset 18 and IR version 8 are what every ONNX Runtime since 1.16 loads."""
-
-
-class OnnxExporter(Exporter[OnnxOptions]):
+class OnnxExporter(Exporter[NoOptions]):
     """One ``.onnx`` file: float16 LUTs and packed indices, decoded to float32 in the graph."""
 
     target = "onnx"
@@ -29,10 +24,10 @@ class OnnxExporter(Exporter[OnnxOptions]):
     capabilities = Capabilities(
         bits=tuple(range(1, MAX_BITS + 1)), max_dim=MAX_DIM, axes=None, groups=True, padding=True
     )
-    options = OnnxOptions
+    options = NoOptions
 
     def lower(
-        self, model: PalettizedModel, module: nn.Module, folder: Path, options: OnnxOptions
+        self, model: PalettizedModel, module: nn.Module, folder: Path, options: NoOptions
     ) -> Path:
         """Write ``<name>.onnx``; batch norms are folded into the palettes' scales first.
 

@@ -1,0 +1,144 @@
+"""Does a runtime compute what PyTorch computes? One artifact on one runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dkm_export.checking.metrics import (
+    LIMITS,
+    Fidelity,
+    Limits,
+    agreement,
+    compare,
+    violations,
+)
+from dkm_export.checking.reference import Outputs, Reference
+from dkm_export.checking.report import Finding, RuntimeReport, Status, failed, passed
+from dkm_export.checking.runtime import Runtime, Session
+from dkm_export.errors import DkmError, InvalidInput, Unsupported
+from dkm_export.samples import fixed_batches
+from dkm_export.task import Task, metric_of
+
+
+def check_runtime(path: Path, runtime: Runtime, reference: Reference) -> RuntimeReport:
+    """Run the samples and the task's test split, and compare with PyTorch."""
+    report = RuntimeReport(
+        runtime=runtime.name, target=runtime.target, where=runtime.where, findings=()
+    )
+    try:
+        reason = runtime.unavailable()
+        if reason:
+            raise Unsupported(reason)
+        return report.model_copy(update=_run(runtime.load(path), reference))
+    except Unsupported as error:
+        ended = Finding(check="run", status=Status.NOT_RUN, message=str(error))
+    except Exception as error:  # a runtime raises anything
+        summary = str(error).strip().partition("\n")[0]
+        message = summary if isinstance(error, DkmError) else f"{type(error).__name__}: {summary}"
+        ended = Finding(check="run", status=Status.ERROR, message=message)
+    return report.model_copy(update={"findings": (ended,)})
+
+
+def _run(session: Session, reference: Reference) -> Mapping[str, object]:
+    """The fields of the report that come from running."""
+    limits = LIMITS[session.numeric_class]
+    outputs = _run_samples(session, reference)
+    fidelity = {
+        name: compare(expected.numpy(), output, limits)
+        for name, expected, output in zip(
+            reference.model.source.outputs, reference.samples.outputs, outputs, strict=True
+        )
+    }
+    findings = [*_check_fidelity(fidelity, limits), _check_controls(outputs, reference, limits)]
+    metric = None
+    if reference.task is not None:
+        metric, finding = _check_task(session, reference, reference.task, limits)
+        findings.append(finding)
+    return {
+        "findings": tuple(findings),
+        "numeric_class": session.numeric_class.value,
+        "limits": limits,
+        "fidelity": fidelity,
+        "metric": metric,
+    }
+
+
+def _run_samples(session: Session, reference: Reference) -> Outputs:
+    samples = reference.samples
+    results = []
+    for index in range(len(samples)):
+        inputs = {name: tensor.numpy() for name, tensor in samples.input(index).items()}
+        outputs = session.run(inputs)
+        expected = [tuple(stacked[index].shape) for stacked in samples.outputs]
+        found = [output.shape for output in outputs]
+        if found != expected:
+            raise InvalidInput(f"outputs have shapes {found}, expected {expected}")
+        results.append(outputs)
+    return [np.stack(stacked) for stacked in zip(*results, strict=True)]
+
+
+def _check_fidelity(fidelity: Mapping[str, Fidelity], limits: Limits) -> Iterator[Finding]:
+    for name, measured in fidelity.items():
+        broken = violations(measured, limits)
+        if broken:
+            yield failed("fidelity", f"{name}: {'; '.join(broken)}")
+        else:
+            yield passed("fidelity", f"{name}: relative L2 {measured.relative_l2:.1e}")
+
+
+def _check_controls(outputs: Outputs, reference: Reference, limits: Limits) -> Finding:
+    """A changed LUT entry has to break the limits, or staying within them means nothing."""
+    unnoticed = [
+        layer
+        for layer, control in reference.controls.items()
+        if not any(
+            violations(compare(wrong, output[:1], limits), limits)
+            for wrong, output in zip(control, outputs, strict=True)
+        )
+    ]
+    count = len(reference.controls)
+    message = f"one changed LUT entry is noticed in {count - len(unnoticed)} of {count} layers"
+    if unnoticed:
+        message += f", not in {', '.join(unnoticed)}"
+    return (failed if len(unnoticed) == count else passed)("negative control", message)
+
+
+def _check_task(
+    session: Session, reference: Reference, task: Task, limits: Limits
+) -> tuple[float, Finding]:
+    """The task's metric on the runtime, and whether its outputs lead to PyTorch's predictions."""
+    expected = reference.test_outputs
+    assert expected is not None
+    output, targets = _run_task(session, reference, task)
+    if output.shape != expected.shape:
+        raise InvalidInput(f"the test outputs are {output.shape}, expected {expected.shape}")
+    metric = metric_of(task, torch.from_numpy(output), targets)
+    agreed = agreement(expected, output, limits)
+    if agreed is None:
+        broken = violations(compare(expected, output, limits), limits)
+        return metric, (
+            failed("predictions", f"over the test split: {'; '.join(broken)}")
+            if broken
+            else passed("predictions", "within the limits over the whole test split")
+        )
+    message = f"{agreed.differing} of {len(output)} differ, {agreed.ties} more within a tie"
+    return metric, (failed if agreed.differing else passed)("predictions", message)
+
+
+def _run_task(
+    session: Session, reference: Reference, task: Task
+) -> tuple[npt.NDArray[Any], torch.Tensor]:
+    source = reference.model.source
+    names = [spec.name for spec in source.inputs]
+    rows, targets = [], []
+    for inputs, target in fixed_batches(task, source):
+        arrays = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        rows.append(session.run(arrays)[0][: len(target)])
+        targets.append(target)
+    return np.concatenate(rows), torch.cat(targets)
