@@ -15,8 +15,9 @@ from statistics import mean
 import dkm_models
 from dkm_export.checking.check import check
 from dkm_export.checking.report import Report, Status
-from dkm_export.checkpoint import FILE_NAME, save_checkpoint
+from dkm_export.checkpoint import save_checkpoint
 from dkm_export.exporting.export import export
+from dkm_export.files import CHECKPOINT
 from dkm_export.training.recipe import load_recipe
 from dkm_export.training.stage import run_recipe
 
@@ -28,11 +29,11 @@ SEEDS = (0, 1, 2)
 def measure(recipe: str, folder: Path, overrides: Sequence[str]) -> tuple[Report, int]:
     """Run the whole path; returns the check's report and the checkpoint's bytes."""
     model, _ = run_recipe(load_recipe(RECIPES / recipe, overrides), lambda *status: None)
-    save_checkpoint(model, folder / FILE_NAME)
-    export(folder / FILE_NAME, ["all"], folder / "out")
+    save_checkpoint(model, folder / CHECKPOINT)
+    export(folder / CHECKPOINT, ["all"], folder / "out")
     report = check(folder / "out")
     assert not report.exit_code, report.to_json()
-    return report, (folder / FILE_NAME).stat().st_size
+    return report, (folder / CHECKPOINT).stat().st_size
 
 
 def post_training(seed: int) -> float:

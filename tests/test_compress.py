@@ -7,6 +7,7 @@ from torch import nn
 
 from dkm_export.compress import (
     DkmSettings,
+    DkmWeight,
     finalize,
     prepare,
     set_temperature,
@@ -20,8 +21,8 @@ from tests.zoo import IMAGE, TOKENS, convolutions, tokens
 SOURCE = ModelSource(name="convolutions", factory="tests.zoo:convolutions", inputs=IMAGE)
 
 
-def _spec(**rule: int) -> CompressionSpec:
-    return CompressionSpec(rules=(LayerRule(**rule),), small_layer_size=0)
+def _spec(bits: int, dim: int = 1) -> CompressionSpec:
+    return CompressionSpec(rules=(LayerRule(bits=bits, dim=dim),), small_layer_size=0)
 
 
 @pytest.mark.parametrize("bits", [1, 3, 8])
@@ -105,7 +106,8 @@ def test_absolute_temperature_is_taken_as_it_is() -> None:
     model = nn.Linear(32, 32)
     prepare(model, _spec(bits=2), DkmSettings(tau=0.25, tau_unit="absolute"))
     set_temperature(model, 0.125)
-    assert model.parametrizations["weight"][0].tau.item() == 0.125  # type: ignore[index]
+    (dkm,) = (part for part in model.modules() if isinstance(part, DkmWeight))
+    assert dkm.tau.item() == 0.125
 
 
 def test_a_constant_weight_survives_training() -> None:
@@ -113,22 +115,26 @@ def test_a_constant_weight_survives_training() -> None:
     nn.init.constant_(model.weight, 0.5)
     prepare(model, _spec(bits=2))
     model.train()(torch.randn(2, 64)).sum().backward()
-    assert torch.isfinite(model.parametrizations["weight"].original.grad).all()  # type: ignore[union-attr]
+    gradients = dict(model.named_parameters())
+    original = gradients["parametrizations.weight.original"].grad
+    assert original is not None
+    assert torch.isfinite(original).all()
     assert torch.equal(model.eval().weight, torch.full((64, 64), 0.5))
 
 
 def test_weights_that_no_palette_can_hold() -> None:
-    model, spec = nn.Sequential(nn.Linear(32, 32)), _spec(bits=4)
-    with torch.no_grad():
-        model[0].weight[0, 0] = 1e6
-    prepare(model, spec)
+    def model(value: float) -> nn.Module:
+        layer = nn.Linear(32, 32)
+        with torch.no_grad():
+            layer.weight[0, 0] = value
+        return nn.Sequential(layer)
+
+    huge = model(1e6)
+    prepare(huge, _spec(bits=4))
     with pytest.raises(InvalidInput, match=r"0.weight: centroids are not finite in float16"):
-        finalize(model, SOURCE)
-    model = nn.Sequential(nn.Linear(32, 32))
-    with torch.no_grad():
-        model[0].weight[0, 0] = float("nan")
+        finalize(huge, SOURCE)
     with pytest.raises(InvalidInput, match=r"0.weight: weights are not finite"):
-        prepare(model, spec)
+        prepare(model(float("nan")), _spec(bits=4))
 
 
 def test_nothing_to_palettize_is_an_error() -> None:

@@ -115,7 +115,7 @@ def test_palette_refuses_contradictions() -> None:
     layout = Layout((4, 2))
     lut, indices = np.zeros((1, 4, 1), np.float16), np.zeros((4, 2), np.uint8)
     with pytest.raises(InvalidInput, match="LUT is float32"):
-        Palette(2, layout, lut.astype(np.float32), indices)  # type: ignore[arg-type]
+        Palette(2, layout, lut.astype(np.float32), indices)
     with pytest.raises(InvalidInput, match="indices exceed 2 bits"):
         Palette(2, layout, lut, indices + np.uint8(4))
     with pytest.raises(InvalidInput, match="not finite"):
