@@ -6,6 +6,8 @@ from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
+_UNKNOWN = "extra_forbidden"
+
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """The first finding: the key's full path, what is wrong, and how many more there are.
@@ -14,10 +16,12 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         error: what validating ``model`` raised.
         model: knows the keys that are allowed beside an unknown one.
     """
-    first, *rest = error.errors(include_url=False)
+    # An unknown key first: a required one may be missing because its name is misspelt.
+    findings = sorted(error.errors(include_url=False), key=lambda f: f["type"] != _UNKNOWN)
+    first, *rest = findings
     key = ".".join(str(part) for part in first["loc"]) or "the whole"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
+    if first["type"] == _UNKNOWN:
         allowed = _model_at(model, first["loc"][:-1]).model_fields
         message = f"unknown key, allowed: {', '.join(allowed) or 'none'}"
     more = f" (and {len(rest)} more)" if rest else ""

@@ -80,6 +80,8 @@ class _Tree(Frozen):
         # a dictionary's key may be called like a field
         ({"shape": {"shape": {"shape": [1], "x": 1}}}, "'shape.shape.x': unknown key, allowed: s"),
         ({"shape": {"a": {"shape": ["b"]}, "b": 1}}, "'shape.a.shape.0': Input should be .* more"),
+        # a required key may be missing because its name is misspelt
+        ({"shap": {}}, "'shap': unknown key, allowed: shape .and 1 more"),
         (3, "'the whole': "),
     ],
 )
