@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import FiniteFloat, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -34,7 +34,7 @@ class _Header(Frozen):
     tool_version: str
     source: ModelSource
     spec: CompressionSpec
-    metrics: dict[str, float]
+    metrics: dict[str, FiniteFloat]
     layers: dict[str, PaletteEntry]
 
 

@@ -32,7 +32,7 @@ class InvalidInput(DkmError):
 
 
 class GateFailed(DkmError):
-    """An artifact differs from its checkpoint, or misses an accuracy or size limit."""
+    """An artifact does not hold what its checkpoint holds."""
 
     exit_code = ExitCode.GATE
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from dkm_export.errors import InvalidInput
+from dkm_export.plugins import EXPORTERS, names_of
 
-MANIFEST = "manifest.json"
+# Names of the files in the folders that this tool writes: a run's and an export's.
 CHECKPOINT = "model.dkm.safetensors"
-_OURS = (MANIFEST, CHECKPOINT)
-"""A folder that this tool wrote holds one of these files."""
+METRICS = "metrics.json"
+MANIFEST = "manifest.json"
+SAMPLES = "samples.safetensors"
 
 
 @contextmanager
 def staged(
-    target: Path, *, force: bool, folder: bool = False, source: Path | None = None
+    target: Path, *, force: bool, folder: bool = False, sources: Sequence[Path] = ()
 ) -> Iterator[Path]:
     """Yield a path beside ``target`` to write to; move it there at the end.
 
@@ -29,12 +31,12 @@ def staged(
         target: file or folder to make.
         force: replace an earlier one, see `require_replaceable`.
         folder: whether it is a folder, which then exists and is empty.
-        source: the input, which must not lie in ``target``.
+        sources: the inputs, which must not lie in ``target``.
 
     Raises:
         InvalidInput: when ``target`` may not be replaced, or its folder is not writable.
     """
-    require_replaceable(target, force=force, folder=folder, source=source)
+    require_replaceable(target, force=force, folder=folder, sources=sources)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -45,6 +47,8 @@ def staged(
         if folder:
             new.mkdir()
         yield new
+        # Something may have appeared there in the meantime.
+        require_replaceable(target, force=force, folder=folder, sources=sources)
         try:
             if target.exists():
                 target.rename(old)
@@ -59,7 +63,7 @@ def staged(
 
 
 def require_replaceable(
-    target: Path, *, force: bool, folder: bool = False, source: Path | None = None
+    target: Path, *, force: bool, folder: bool = False, sources: Sequence[Path] = ()
 ) -> None:
     """Refuse an output that would destroy something; long work asks before it starts.
 
@@ -70,7 +74,7 @@ def require_replaceable(
         target: the output.
         force: whether the user wants an earlier one to be replaced.
         folder: whether the output is a folder.
-        source: the input, which must not lie in the output.
+        sources: the inputs, which must not lie in the output.
 
     Raises:
         InvalidInput: with the reason and the way out.
@@ -78,8 +82,9 @@ def require_replaceable(
     place = target.resolve()
     if Path.cwd().is_relative_to(place):
         raise InvalidInput(f"'{target}' is or holds the working directory: name a folder below it")
-    if source is not None and source.resolve().is_relative_to(place):
-        raise InvalidInput(f"{target} holds the input {source}: name another output")
+    for source in sources:
+        if source.resolve().is_relative_to(place):
+            raise InvalidInput(f"{target} holds the input {source}: name another output")
     if not target.exists() and not target.is_symlink():
         return
     if not force:
@@ -88,9 +93,10 @@ def require_replaceable(
         kind = "link" if target.is_symlink() else "folder" if target.is_dir() else "file"
         raise InvalidInput(f"{target} is a {kind}, which --force does not replace: remove it first")
     names = {entry.name for entry in target.iterdir()} if folder else set()
-    if names and names.isdisjoint(_OURS):
+    ours = {CHECKPOINT, METRICS, MANIFEST, SAMPLES, *names_of(EXPORTERS)}
+    if names and not {CHECKPOINT} <= names <= ours:
         raise InvalidInput(
-            f"{target} is a folder that dkm did not write, which --force does not replace: "
+            f"{target} holds more than what dkm wrote, which --force does not replace: "
             "remove it first"
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from dkm_export.errors import InvalidInput
@@ -60,6 +61,12 @@ def plan(model: nn.Module, spec: CompressionSpec) -> list[LayerPlan]:
         InvalidInput: when a rule's pattern matches no layer, a rule does not fit a weight's shape,
             or two layers share a weight that a rule would palettize.
     """
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or is_lazy(tensor):
+            raise InvalidInput(
+                f"the model's state '{name}' is no tensor yet or none at all: "
+                "run lazy modules once, and leave out get_extra_state"
+            )
     layers = list(_layers(model))
     for number, rule in enumerate(spec.rules, 1):
         if rule.pattern != "*" and not any(rule.matches(name, kind) for name, kind, _ in layers):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, FiniteFloat, ValidationError, model_validator
 
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
@@ -84,7 +84,7 @@ class Contents(Frozen):
     name: str
     factory: str
     task: str | None
-    metrics: dict[str, float]
+    metrics: dict[str, FiniteFloat]
     fp32_bytes: Size
     palette_bytes: Size
     layers: dict[str, LayerEntry]
@@ -116,6 +116,13 @@ class Manifest(Frozen):
     checkpoint: FileEntry
     samples: FileEntry
     artifacts: tuple[Artifact, ...]
+
+    @model_validator(mode="after")
+    def _one_artifact_per_target(self) -> Self:
+        targets = [artifact.target for artifact in self.artifacts]
+        if len(set(targets)) < len(targets):
+            raise ValueError(f"targets repeat: {', '.join(targets)}")
+        return self
 
     def write(self, root: Path) -> None:
         """Write ``root/manifest.json``."""

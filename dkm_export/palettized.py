@@ -20,6 +20,10 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_
 """An identifier that is safe as a file name and as a generated Swift or Kotlin name."""
 
 
+_MOST_VALUES = 2**28
+"""Of one input: 1 GiB of float32. Shapes come from files, and memory is made for them."""
+
+
 class InputSpec(Frozen):
     """One input of the model.
 
@@ -31,14 +35,19 @@ class InputSpec(Frozen):
     """
 
     name: Name
-    shape: Annotated[tuple[Annotated[int, Field(ge=1, strict=True)], ...], Field(min_length=1)]
+    shape: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=_MOST_VALUES, strict=True)], ...],
+        Field(min_length=1, max_length=8),
+    ]
     dtype: Literal["float32", "int32", "int64"] = "float32"
-    high: Annotated[int, Field(ge=1)] | None = None
+    high: Annotated[int, Field(ge=1, lt=2**31, strict=True)] | None = None
 
     @model_validator(mode="after")
     def _bound_for_integers(self) -> Self:
         if (self.dtype == "float32") == (self.high is not None):
             raise ValueError("'high' goes with integer inputs, and only with them")
+        if math.prod(self.shape) > _MOST_VALUES:
+            raise ValueError(f"an input has at most {_MOST_VALUES:,} values")
         return self
 
     def random(self, generator: torch.Generator) -> Tensor:

@@ -14,6 +14,11 @@ EXPORTERS = "dkm_export.exporters"
 RUNTIMES = "dkm_export.runtimes"
 
 
+def names_of(group: str) -> set[str]:
+    """Names of all plugins of an entry point group."""
+    return metadata.entry_points(group=group).names
+
+
 def discover(group: str) -> dict[str, Any]:
     """Instances of all plugins of an entry point group, by name, without loading a backend.
 

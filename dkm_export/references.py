@@ -70,7 +70,7 @@ def _resolve(reference: str) -> Any:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a module may do anything while it is imported
         raise InvalidInput(
             f"'{reference}' does not import: {type(error).__name__}: {error}"
         ) from error

@@ -107,6 +107,12 @@ def run_reference(
             f"model '{source.factory}' has to return {', '.join(source.outputs)}: one tensor with "
             "a batch axis for each name, and a tuple for several"
         )
+    for output in outputs:
+        if output.dtype not in _COMPARABLE:
+            raise InvalidInput(
+                f"model '{source.factory}' returns {output.dtype}, which targets do not: "
+                f"choose from {', '.join(map(str, _COMPARABLE))}"
+            )
     if not all(bool(torch.isfinite(output).all()) for output in outputs):
         raise InvalidInput(f"model '{source.factory}' returns NaN or infinity on inputs {shapes}")
     return tuple(outputs)
@@ -144,5 +150,7 @@ def load_samples(path: Path, source: ModelSource) -> Samples:
     counts = {len(tensor) if tensor.dim() else 0 for tensor in tensors_read}
     finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors_read)
     if not fits or not finite or len(counts) != 1 or counts == {0}:
-        raise InvalidInput(f"{path}: inputs do not fit the checkpoint's model: export again")
+        raise InvalidInput(
+            f"{path}: the samples do not fit the checkpoint's model or are not finite: export again"
+        )
     return Samples(inputs, outputs)

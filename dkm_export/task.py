@@ -57,7 +57,7 @@ def user_code(what: str) -> Iterator[None]:
         yield
     except DkmError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         summary = str(error).strip().partition("\n")[0]
         raise InvalidInput(f"{what} failed: {type(error).__name__}: {summary}") from error
 
@@ -75,13 +75,45 @@ def batches_of(
     with user_code(name):
         for batch in task.batches(split, batch_size, seed):
             match batch:
-                case (tuple() as inputs, Tensor()) if all(isinstance(x, Tensor) for x in inputs):
+                case (tuple() as inputs, Tensor() as target) if all(
+                    isinstance(tensor, Tensor) and tensor.dim() for tensor in (*inputs, target)
+                ):
                     empty = False
                     yield batch
                 case _:
-                    raise InvalidInput(f"{name} are not ((input, ...), target), all tensors")
+                    raise InvalidInput(
+                        f"{name} are not ((input, ...), target), all tensors with a batch axis"
+                    )
     if empty:
         raise InvalidInput(f"{name} are none")
+
+
+def size_of(task: Task, split: Split) -> int:
+    """`Task.size`, as a positive number.
+
+    Raises:
+        InvalidInput: when it fails or returns anything else.
+    """
+    name = f"task '{type(task).__name__}': the size of its '{split}' split"
+    with user_code(name):
+        size = task.size(split)
+    if not isinstance(size, int) or size < 1:
+        raise InvalidInput(f"{name} is {size!r}, not a positive number")
+    return size
+
+
+def loss_of(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """`Task.loss`, as a scalar that can be differentiated.
+
+    Raises:
+        InvalidInput: when it fails or returns anything else.
+    """
+    name = f"task '{type(task).__name__}': its loss"
+    with user_code(name):
+        loss = task.loss(output, target)
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+        raise InvalidInput(f"{name} is not a scalar tensor that depends on trainable weights")
+    return loss
 
 
 def metric_of(task: Task, output: Tensor, target: Tensor) -> float:

@@ -362,7 +362,7 @@ def test_a_program_of_another_origin_is_refused(artifact: Path) -> None:
 
 def test_wrong_input_is_one_line(original: Path) -> None:
     session = ExecuTorchRuntime().load(original)
-    with pytest.raises(Unsupported, match="the runtime failed"):
+    with pytest.raises(InvalidInput, match="fails on these inputs"):
         session.run({"image": np.zeros((1, 3, 17, 16), np.float32)})
 
 

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 import dkm_models
-from dkm_export.checkpoint import load_checkpoint
+from dkm_export.checkpoint import load_checkpoint, save_checkpoint
 from dkm_export.cli.main import main
 from dkm_export.files import files_below
+from dkm_export.palettized import InputSpec
+from dkm_export.spec import LayerRule
 from dkm_exporters.onnx import OnnxExporter
 from dkm_runtimes.coreml import CoreMLRuntime
 from dkm_runtimes.onnxruntime import OnnxRuntime
+from tests.zoo import IMAGE, ROW, TOKENS, palettize
 
 RECIPES = Path(dkm_models.__path__[0]) / "recipes"
 RUNTIMES = ("onnxruntime", "executorch", "coreml-reference")
@@ -203,6 +206,21 @@ def test_a_cut_checkpoint_is_wrong_input(dkm: Dkm, copy: Path) -> None:
     code, report = dkm("check", copy)
     assert code == 2
     assert "cut short" in report["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("factory", "inputs"),
+    [("convolutions", IMAGE), ("tokens", TOKENS), ("arithmetic", ROW)],
+)
+def test_networks_of_other_kinds(
+    dkm: Dkm, tmp_path: Path, factory: str, inputs: tuple[InputSpec, ...]
+) -> None:
+    model = palettize(f"tests.zoo:{factory}", inputs, LayerRule(bits=3, dim=2))
+    save_checkpoint(model, tmp_path / "model.dkm.safetensors")
+    code, found = dkm("export", "--target", "all", tmp_path, "-o", tmp_path / "out")
+    assert code == 0, found
+    code, report = dkm("check", tmp_path / "out", "--require", ",".join(RUNTIMES))
+    assert code == 0, report
 
 
 @pytest.mark.slow

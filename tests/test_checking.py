@@ -49,6 +49,15 @@ def test_predictions_may_differ_only_in_ties() -> None:
     assert agreement(np.zeros((4, 1)), np.zeros((4, 1)), FP32) is None
 
 
+def test_a_large_row_hides_no_wrong_prediction_in_another() -> None:
+    reference = np.array([[1000.0, 0.0], [1.0, 0.9]])
+    output = reference.copy()
+    output[1] = [0.9, 1.0]
+    found = agreement(reference, output, FP32)
+    assert found is not None
+    assert (found.differing, found.ties) == (1, 0)
+
+
 def test_nothing_agrees_with_a_reference_that_is_not_finite() -> None:
     for value in (np.nan, np.inf):
         broken = REFERENCE.copy()
@@ -67,7 +76,7 @@ def test_sensitivity_sees_constant_outputs() -> None:
 
 
 def _report(status: Status, ran: Status = Status.PASS, **values: object) -> Report:
-    finding = Finding(check="structure", status=status, message="a <message> & more")
+    finding = Finding(check="structure", status=status, message="a <message> & more\x1b")
     run = Finding(check="run", status=ran, message="why")
     artifact = ArtifactReport(target="onnx", path="onnx/a.onnx", bytes=1, findings=(finding,))
     runtime = RuntimeReport(runtime="ort", target="onnx", where="here", findings=(run,))
@@ -108,6 +117,6 @@ def test_junit_has_a_suite_per_runtime_and_artifact() -> None:
     root = ElementTree.fromstring(junit_xml(_report(Status.FAIL, Status.NOT_RUN)))
     suites = {suite.get("name"): suite for suite in root}
     assert suites["onnx file"].get("failures") == "1"
-    assert suites["onnx file"].find("testcase/failure").get("message") == "a <message> & more"  # type: ignore[union-attr]
+    assert suites["onnx file"].find("testcase/failure").get("message") == "a <message> & more?"  # type: ignore[union-attr]
     assert suites["ort"].get("skipped") == "1"
     assert suites["required"].get("failures") == "1"

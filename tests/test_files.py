@@ -63,7 +63,9 @@ def test_an_interrupted_replacement_keeps_the_old_one(
 @pytest.mark.parametrize(
     ("target", "folder", "message"),
     [
-        ("theirs", True, "a folder that dkm did not write"),
+        ("theirs", True, "holds more than what dkm wrote"),
+        ("mixed", True, "holds more than what dkm wrote"),
+        ("web", True, "holds more than what dkm wrote"),
         ("file", True, "is a file, which --force does not replace"),
         ("ours", False, "is a folder, which --force does not replace"),
         ("link", True, "is a link, which --force does not replace"),
@@ -78,7 +80,8 @@ def test_an_interrupted_replacement_keeps_the_old_one(
 def test_force_destroys_nothing_of_the_user_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, folder: bool, message: str
 ) -> None:
-    for name in ("theirs/precious", f"ours/{CHECKPOINT}", f"input/{CHECKPOINT}", "file"):
+    mixed = (f"mixed/{CHECKPOINT}", "mixed/thesis.txt", "web/manifest.json")
+    for name in ("theirs/precious", f"ours/{CHECKPOINT}", f"input/{CHECKPOINT}", "file", *mixed):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "ours")
@@ -86,7 +89,20 @@ def test_force_destroys_nothing_of_the_user_s(
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "input" / CHECKPOINT
     with pytest.raises(InvalidInput, match=message):
-        require_replaceable(Path(target), force=True, folder=folder, source=source)
+        require_replaceable(Path(target), force=True, folder=folder, sources=[source])
+
+
+def test_what_appears_in_the_meantime_stays(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+
+    def write() -> None:
+        with staged(target, force=False) as new:
+            new.write_text("ours")
+            target.write_text("theirs")
+
+    with pytest.raises(InvalidInput, match="exists"):
+        write()
+    assert _tree(tmp_path) == {"out": "theirs"}
 
 
 def test_force_replaces_what_it_may(tmp_path: Path) -> None:

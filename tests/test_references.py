@@ -57,6 +57,7 @@ def test_anything_else_is_not(reference: str, message: str) -> None:
     ("code", "message"),
     [
         ("def net(:", "does not import: SyntaxError"),
+        ("raise SystemExit(0)", "does not import: SystemExit"),
         ("raise AttributeError('x')", "does not import: AttributeError: x"),
         ("def net() -> 1 + 'a': ...", "does not import: TypeError"),
         ("from __future__ import annotations\ndef net() -> nn.Modul: ...", "add the annotation"),
@@ -103,6 +104,7 @@ class Wrong(Digits):
     [
         ([], "'test' batches are none"),
         ([torch.zeros(2)], r"are not \(\(input, ...\), target\), all tensors"),
+        ([((torch.zeros(2),), torch.tensor(1))], "all tensors with a batch axis"),
         ([((1,), torch.zeros(2))], r"are not \(\(input, ...\), target\), all tensors"),
         (None, "'test' batches failed: TypeError"),
     ],

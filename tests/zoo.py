@@ -11,6 +11,7 @@ from dkm_export.references import build_module
 from dkm_export.spec import CompressionSpec, LayerRule
 
 IMAGE = (InputSpec(name="image", shape=(1, 3, 16, 16)),)
+ROW = (InputSpec(name="x", shape=(1, 48)),)
 TOKENS = (InputSpec(name="tokens", shape=(1, 12), dtype="int32", high=96),)
 
 
@@ -52,6 +53,19 @@ class Tokens(nn.Module):
         return y
 
 
+class Arithmetic(nn.Module):
+    """A layer between operators that take numbers, such as hand-written activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x * 2 - 1) + 3
+        z: Tensor = y * torch.relu(y) / 6
+        return z
+
+
 def lively(module: nn.Module, seed: int = 0) -> nn.Module:
     """Give ``module`` weights and batch norm statistics that outputs depend on visibly."""
     generator = torch.Generator().manual_seed(seed)
@@ -73,6 +87,10 @@ def lively(module: nn.Module, seed: int = 0) -> nn.Module:
 
 def convolutions() -> nn.Module:
     return lively(Convolutions())
+
+
+def arithmetic() -> nn.Module:
+    return lively(Arithmetic())
 
 
 def tokens() -> nn.Module:

@@ -93,7 +93,10 @@ def _check_fidelity(fidelity: Mapping[str, Fidelity], limits: Limits) -> Iterato
 
 
 def _check_controls(outputs: Outputs, reference: Reference, limits: Limits) -> Finding:
-    """A changed LUT entry has to break the limits, or staying within them means nothing."""
+    """A changed LUT entry has to break the limits, or staying within them means nothing.
+
+    Not in every layer: some hardly matter to the outputs, which is no fault of the artifact.
+    """
     unnoticed = [
         layer
         for layer, control in reference.controls.items()
@@ -106,7 +109,7 @@ def _check_controls(outputs: Outputs, reference: Reference, limits: Limits) -> F
     message = f"one changed LUT entry is noticed in {count - len(unnoticed)} of {count} layers"
     if unnoticed:
         message += f", not in {', '.join(unnoticed)}"
-    return (failed if len(unnoticed) == count else passed)("negative control", message)
+    return (failed if 2 * len(unnoticed) > count else passed)("negative control", message)
 
 
 def _check_task(
@@ -119,14 +122,12 @@ def _check_task(
     if output.shape != expected.shape:
         raise InvalidInput(f"the test outputs are {output.shape}, expected {expected.shape}")
     metric = metric_of(task, torch.from_numpy(output), targets)
+    broken = violations(compare(expected, output, limits), limits)
+    if broken:
+        return metric, failed("predictions", f"over the test split: {'; '.join(broken)}")
     agreed = agreement(expected, output, limits)
     if agreed is None:
-        broken = violations(compare(expected, output, limits), limits)
-        return metric, (
-            failed("predictions", f"over the test split: {'; '.join(broken)}")
-            if broken
-            else passed("predictions", "within the limits over the whole test split")
-        )
+        return metric, passed("predictions", "within the limits over the whole test split")
     message = f"{agreed.differing} of {len(output)} differ, {agreed.ties} more within a tie"
     return metric, (failed if agreed.differing else passed)("predictions", message)
 

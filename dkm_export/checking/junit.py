@@ -21,9 +21,10 @@ def junit_xml(report: Report) -> bytes:
                 suite, "testcase", classname=owner, name=f"{number} {case.check}"
             )
             if case.status is Status.PASS:
-                ElementTree.SubElement(element, "system-out").text = case.message
+                ElementTree.SubElement(element, "system-out").text = _printable(case.message)
             else:
-                ElementTree.SubElement(element, _ELEMENT[case.status], message=case.message)
+                message = _printable(case.message)
+                ElementTree.SubElement(element, _ELEMENT[case.status], message=message)
     if report.missing:
         count = len(report.missing)
         suite = _suite(root, "required", count, Counter({Status.FAIL: count}))
@@ -33,6 +34,11 @@ def junit_xml(report: Report) -> bytes:
     ElementTree.indent(root)
     xml: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return xml + b"\n"
+
+
+def _printable(text: str) -> str:
+    """XML has no control characters, and a runtime's message may hold any."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _suite(

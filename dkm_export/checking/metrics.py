@@ -20,7 +20,7 @@ class Limits(Frozen):
     Attributes:
         relative_l2: norm of the error over norm of the reference.
         rtol: allowed error of an element, relative to its reference.
-        atol: added to that, relative to the largest reference of the output.
+        atol: added to that, relative to the largest reference of the output or row.
         sqnr_db: least signal to error ratio, in dB.
     """
 
@@ -29,10 +29,12 @@ class Limits(Frozen):
     atol: float
     sqnr_db: float
 
-    def tolerance(self, reference: FloatArray) -> FloatArray:
-        """Largest allowed absolute error of each element."""
+    def tolerance(self, reference: FloatArray, axis: int | None = None) -> FloatArray:
+        """Largest allowed absolute error of each element; the largest is taken along ``axis``."""
         magnitude = np.abs(reference)
-        allowed: FloatArray = self.atol * magnitude.max(initial=0.0) + self.rtol * magnitude
+        allowed: FloatArray = (
+            self.atol * magnitude.max(axis, keepdims=True, initial=0.0) + self.rtol * magnitude
+        )
         return allowed
 
 
@@ -132,7 +134,7 @@ def agreement(
     differs = (chosen != other) | ~np.isfinite(output).all(1)
     margin = expected[rows, chosen] - expected[rows, other]
     # Both candidates may move by their tolerance, towards each other.
-    tolerance = limits.tolerance(expected)
+    tolerance = limits.tolerance(expected, axis=1)
     tie = np.isfinite(output).all(1) & (margin <= tolerance[rows, chosen] + tolerance[rows, other])
     return Agreement(differing=int((differs & ~tie).sum()), ties=int((differs & tie).sum()))
 

@@ -38,11 +38,11 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run ``dkm check``."""
     from dkm_export.checking.check import check
     from dkm_export.checking.junit import junit_xml
-    from dkm_export.files import require_replaceable, staged
+    from dkm_export.files import MANIFEST, require_replaceable, staged
 
     if options.junit:
-        if options.junit.resolve().is_relative_to(options.path.resolve()):
-            raise InvalidInput(f"{options.junit} lies in the export itself: name another file")
+        if any((folder / MANIFEST).is_file() for folder in options.junit.resolve().parents):
+            raise InvalidInput(f"{options.junit} lies in an export: name a file outside of it")
         require_replaceable(options.junit, force=options.force)
     report = check(
         options.path,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dkm_export.cli.terminal import Terminal, ratio, size
 from dkm_export.errors import ExitCode, InvalidInput
-from dkm_export.files import CHECKPOINT, staged
+from dkm_export.files import CHECKPOINT, METRICS, staged
 
 if TYPE_CHECKING:
     from dkm_export.training.recipe import Recipe
@@ -41,11 +41,13 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     if options.output is None:
         raise InvalidInput("name the folder to make: -o RUN")
     output, force = options.output, options.force
-    with staged(output, force=force, folder=True, source=options.recipe) as folder:
+    weights = recipe.model.weights
+    sources = [options.recipe, *([] if weights is None else [weights])]
+    with staged(output, force=force, folder=True, sources=sources) as folder:
         with terminal.training_progress() as progress:
             model, metrics = run_recipe(recipe, progress)
         save_checkpoint(model, folder / CHECKPOINT)
-        (folder / "metrics.json").write_text(metrics.model_dump_json(indent=2) + "\n")
+        (folder / METRICS).write_text(metrics.model_dump_json(indent=2) + "\n")
     file = options.output / CHECKPOINT
     if terminal.json:
         terminal.result({"checkpoint": str(file), "metrics": metrics.model_dump(mode="json")})

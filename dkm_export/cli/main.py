@@ -23,9 +23,7 @@ _VERBS = (compress, export, check, inspect, targets)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``dkm`` with ``arguments`` (those of the process by default); returns the exit code."""
     _open_closed_streams()
-    if threading.current_thread() is threading.main_thread():
-        # A build server that gives up must not leave half of an output behind.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _end_cleanly()
     arguments = sys.argv[1:] if arguments is None else arguments
     terminal = Terminal(json="--json" in arguments)
     try:
@@ -41,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.error("interrupted", _INTERRUPTED)
         return _INTERRUPTED
     except OSError as error:
-        terminal.error(f"{error.filename or 'output'}: {error.strerror}", ExitCode.USAGE)
+        if terminal.verbose:
+            traceback.print_exc()
+        where = f"{error.filename}: " if error.filename else ""
+        terminal.error(f"{where}{error.strerror or error}", ExitCode.USAGE)
         return ExitCode.USAGE
     except Exception as error:
         traceback.print_exc()
@@ -82,6 +83,15 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_arguments(subparser)
         subparser.set_defaults(run=verb.run)
     return parser
+
+
+def _end_cleanly() -> None:
+    """End on SIGTERM and SIGHUP as on Ctrl-C: a build that is given up leaves no half output."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _open_closed_streams() -> None:

@@ -68,7 +68,6 @@ def _target(exporter: Exporter[Any]) -> dict[str, Any]:
         "axes": None if capabilities.axes is None else list(capabilities.axes),
         "groups": capabilities.groups,
         "padding": capabilities.padding,
-        "kinds": [kind.value for kind in capabilities.kinds],
         "options": list(exporter.options.model_fields),
         "unavailable": exporter.unavailable(),
     }

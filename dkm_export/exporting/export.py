@@ -15,7 +15,7 @@ from dkm_export import __version__
 from dkm_export.checkpoint import find_checkpoint, load_checkpoint
 from dkm_export.errors import DkmError, GateFailed, InvalidInput, Unsupported
 from dkm_export.exporting.exporter import Exporter
-from dkm_export.files import CHECKPOINT, staged
+from dkm_export.files import CHECKPOINT, SAMPLES, staged
 from dkm_export.manifest import Artifact, Contents, FileEntry, Manifest
 from dkm_export.palettized import PalettizedModel
 from dkm_export.plugins import EXPORTERS, discover, select
@@ -23,8 +23,6 @@ from dkm_export.quiet import quiet
 from dkm_export.samples import make_samples, save_samples
 from dkm_export.spec import Frozen
 from dkm_export.validation import explain
-
-SAMPLES = "samples.safetensors"
 
 _RECORDED = ("torch", "numpy", "coremltools", "onnx", "onnx-ir", "onnxscript", "executorch")
 """Packages whose versions decide an artifact's bytes, where they are installed."""
@@ -107,7 +105,7 @@ def export(
         GateFailed: when a palette in an artifact is not the checkpoint's.
     """
     plan = plan_export(checkpoint, targets, settings)
-    with staged(output, force=force, folder=True, source=checkpoint) as root:
+    with staged(output, force=force, folder=True, sources=[checkpoint]) as root:
         progress("pytorch: reference outputs")
         samples = make_samples(plan.model.build(), plan.model.source)
         save_samples(samples, plan.model.source, root / SAMPLES)
@@ -130,7 +128,6 @@ def _lower(
     with quiet(enabled=not verbose):
         try:
             path = exporter.lower(model, module, folder, options)
-            found = exporter.read_palettes(path)
         except DkmError:
             raise
         except Exception as error:  # converters raise anything
@@ -139,7 +136,10 @@ def _lower(
                 f"{exporter.target}: cannot lower '{model.source.name}': "
                 f"{type(error).__name__}: {summary} (-v shows all)"
             ) from error
-    problems = palette_problems(model, found)
+        try:
+            problems = palette_problems(model, exporter.read_palettes(path))
+        except InvalidInput as error:
+            problems = [f"the artifact cannot be read back: {error}"]
     if problems:
         raise GateFailed(f"{exporter.target}: {problems[0]}")
     return Artifact.of(exporter.target, path, root, options.model_dump(mode="json"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from dkm_export.errors import Unsupported
 from dkm_export.plugins import missing_packages
-from dkm_export.spec import Frozen, LayerKind
+from dkm_export.spec import Frozen
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +29,6 @@ class Capabilities:
         axes: allowed axes of the vectors; None for any.
         groups: whether groups of channels may have a LUT each.
         padding: whether ``dim`` may leave a rest on its axis.
-        kinds: layers whose weight may be a palette.
     """
 
     bits: tuple[int, ...]
@@ -37,7 +36,6 @@ class Capabilities:
     axes: tuple[int, ...] | None
     groups: bool
     padding: bool
-    kinds: tuple[LayerKind, ...] = tuple(LayerKind)
 
     def refusal(self, palette: Palette) -> str | None:
         """Why the target cannot hold ``palette`` and what it could hold, or None."""

@@ -84,7 +84,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         data = tomllib.loads(path.read_text())
     except OSError as error:
         raise InvalidInput(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}: not TOML: {error}") from error
     for override in overrides:
         _override(data, override)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from dkm_export.palettized import PalettizedModel, load_state
 from dkm_export.references import build_module, load_task
 from dkm_export.samples import fixed_batches, run_reference
 from dkm_export.spec import Frozen
-from dkm_export.task import Task, batches_of, metric_of, user_code
+from dkm_export.task import Task, batches_of, loss_of, metric_of, size_of, user_code
 from dkm_export.training.recipe import Recipe, TrainSection
 
 _BATCH = 256
@@ -62,7 +63,7 @@ class Sizes(Frozen):
 class Metrics(Frozen):
     """``metrics.json``. The metrics are None for a model without a task."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     seed: int
     metric: str | None
     fp32: float | None
@@ -152,7 +153,7 @@ def _train(
     model: nn.Module, task: Task, section: TrainSection, seed: int, name: str, progress: Progress
 ) -> Iterator[float]:
     """Train, and yield after each epoch the mean loss of its batches."""
-    batches = -(-task.size("train") // section.batch_size)
+    batches = -(-size_of(task, "train") // section.batch_size)
     steps = max(1, batches * section.epochs)
     optimizer = torch.optim.Adam(model.parameters(), lr=section.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
@@ -182,8 +183,7 @@ def _train(
 def _loss(model: nn.Module, task: Task, inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
     with user_code("the model in training"):
         output = model(*inputs)
-    with user_code(f"task '{type(task).__name__}': its loss"):
-        return task.loss(output, target)
+    return loss_of(task, output, target)
 
 
 def _try_out(model: nn.Module, task: Task | None, recipe: Recipe) -> None:
@@ -213,11 +213,18 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InvalidInput(f"{path}: no such file") from error
-    except (SafetensorError, OSError, RuntimeError, UnpicklingError, EOFError) as error:
+    except UnpicklingError as error:
+        raise InvalidInput(
+            f"{path}: holds more than tensors, and unpickling it could run code: "
+            "save the state dict as safetensors"
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
         reason = str(error).partition("\n")[0]
         raise InvalidInput(
             f"{path}: neither safetensors nor a plain state dict: {reason}"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise InvalidInput(f"{path}: holds no plain state dict of tensors by name")
     return state

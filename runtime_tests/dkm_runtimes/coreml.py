@@ -17,7 +17,7 @@ class CoreMLRuntime(Runtime):
 
     name = "coreml"
     target = "coreml"
-    where = "Core ML on this Mac"
+    where = "Core ML on a Mac"
     packages = ("coremltools",)
 
     def unavailable(self) -> str | None:

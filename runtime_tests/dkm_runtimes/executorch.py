@@ -11,9 +11,6 @@ import numpy.typing as npt
 from dkm_export.checking.runtime import Arrays, NumericClass, Runtime, Session
 from dkm_export.errors import InvalidInput, Unsupported
 
-_INPUTS_METHOD = "dkm_inputs"
-"""Returns the names of the inputs of ``forward``, which a program itself only numbers."""
-
 
 class ExecuTorchRuntime(Runtime):
     """The stock runtime of the ``executorch`` wheel, with its portable and optimized kernels."""
@@ -32,6 +29,8 @@ class ExecuTorchRuntime(Runtime):
         """
         import executorch.runtime
 
+        from dkm_exporters.executorch.header import INPUTS_METHOD
+
         try:
             data = artifact.read_bytes()
         except OSError as error:
@@ -42,13 +41,13 @@ class ExecuTorchRuntime(Runtime):
             raise InvalidInput(
                 f"{artifact}: not a whole ExecuTorch program: {error}: export it again"
             ) from error
-        if not {"forward", _INPUTS_METHOD} <= program.method_names:
+        if not {"forward", INPUTS_METHOD} <= program.method_names:
             raise InvalidInput(
-                f"{artifact}: has no methods 'forward' and '{_INPUTS_METHOD}', "
+                f"{artifact}: has no methods 'forward' and '{INPUTS_METHOD}', "
                 "so `dkm export` did not write it"
             )
         try:
-            names = program.load_method(_INPUTS_METHOD).execute([])
+            names = program.load_method(INPUTS_METHOD).execute([])
             return _ExecuTorchSession(program, program.load_method("forward"), names)
         except RuntimeError as error:
             raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error
@@ -69,5 +68,5 @@ class _ExecuTorchSession(Session):
         try:
             outputs = self._forward.execute(tensors)
         except RuntimeError as error:
-            raise Unsupported(f"executorch: the runtime failed: {error}") from error
+            raise InvalidInput(f"executorch: the program fails on these inputs: {error}") from error
         return [np.asarray(output) for output in outputs]

@@ -119,6 +119,8 @@ class Interpreter:
         dtype = tensor_dtype(output) if isinstance(output, Tensor) else None
         if kernel is None or dtype is None or _nbytes(output) > self._limit:
             return None
+        if not isinstance(arguments[0], Value):
+            return None  # it depends on an input
         try:
             array = np.empty(output.sizes, dtype)
             kernel(array, *(x.array if isinstance(x, Value) else x for x in arguments))
