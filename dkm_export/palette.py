@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,6 @@ from dkm_export.errors import InvalidInput
 
 MAX_BITS: Final = 8
 MAX_DIM: Final = 64
-
-Array = TypeVar("Array", npt.NDArray[Any], Any)
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Layout:
             math.prod(self.shape[self.axis + 1 :]),
         )
 
-    def to_vectors(self, padded: Array) -> Array:
+    def to_vectors(self, padded: Any) -> Any:
         """Cut a weight, already padded along ``axis``, into ``[groups, vectors / groups, dim]``.
 
         Takes and returns a numpy array or a torch tensor: both know ``reshape`` and ``swapaxes``.
@@ -92,7 +90,7 @@ class Layout:
         blocks = padded.reshape(before, along, self.dim, after).swapaxes(2, 3)
         return blocks.reshape(self.groups, self.vectors // self.groups, self.dim)
 
-    def from_vectors(self, vectors: Array) -> Array:
+    def from_vectors(self, vectors: Any) -> Any:
         """Inverse of `to_vectors`, without the padding: a weight of ``shape``."""
         before, along, after = self._blocks
         blocks = vectors.reshape(before, along, after, self.dim).swapaxes(2, 3)

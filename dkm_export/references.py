@@ -30,7 +30,7 @@ def build_module(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
         InvalidInput: when the factory does not import, is not a model factory or fails.
     """
     factory = _resolve(reference)
-    if not _returns(factory, nn.Module):
+    if not _returns(reference, factory, nn.Module):
         raise InvalidInput(
             f"model factory '{reference}' is neither an nn.Module class nor a function annotated "
             "'-> nn.Module': add the annotation"
@@ -79,13 +79,16 @@ def _resolve(reference: str) -> Any:
     return getattr(module, attribute)
 
 
-def _returns(factory: Any, kind: type) -> bool:
+def _returns(reference: str, factory: Any, kind: type) -> bool:
     if inspect.isclass(factory):
         return issubclass(factory, kind)
     if not inspect.isfunction(factory):
         return False
     try:
         annotation = get_type_hints(factory).get("return")
-    except Exception:  # an annotation is code too
-        return False
+    except Exception as error:  # an annotation is code too
+        raise InvalidInput(
+            f"the annotations of '{reference}' do not resolve: {type(error).__name__}: {error}: "
+            "import what they name, '-> nn.Module' for the model"
+        ) from error
     return inspect.isclass(annotation) and issubclass(annotation, kind)

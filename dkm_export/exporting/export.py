@@ -17,6 +17,7 @@ from dkm_export.errors import DkmError, GateFailed, InvalidInput, Unsupported
 from dkm_export.exporting.exporter import Exporter
 from dkm_export.files import CHECKPOINT, SAMPLES, staged
 from dkm_export.manifest import Artifact, Contents, FileEntry, Manifest
+from dkm_export.palette import Palette
 from dkm_export.palettized import PalettizedModel
 from dkm_export.plugins import EXPORTERS, discover, select
 from dkm_export.quiet import quiet
@@ -145,7 +146,7 @@ def _lower(
     return Artifact.of(exporter.target, path, root, options.model_dump(mode="json"))
 
 
-def palette_problems(model: PalettizedModel, found: Mapping[str, Any]) -> list[str]:
+def palette_problems(model: PalettizedModel, found: Mapping[str, Palette]) -> list[str]:
     """How palettes read from an artifact differ from the checkpoint's, a line per layer."""
     problems = []
     for name, palette in model.palettes.items():

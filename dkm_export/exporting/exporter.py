@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from dkm_export.errors import Unsupported
+from dkm_export.palette import MAX_BITS, MAX_DIM
 from dkm_export.plugins import missing_packages
 from dkm_export.spec import Frozen
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What palettes a target can hold; a table that `dkm targets` prints.
+    """What palettes a target can hold, all of them by default; `dkm targets` prints it.
 
     Attributes:
         bits: allowed bits per index.
@@ -31,11 +32,11 @@ class Capabilities:
         padding: whether ``dim`` may leave a rest on its axis.
     """
 
-    bits: tuple[int, ...]
-    max_dim: int
-    axes: tuple[int, ...] | None
-    groups: bool
-    padding: bool
+    bits: tuple[int, ...] = tuple(range(1, MAX_BITS + 1))
+    max_dim: int = MAX_DIM
+    axes: tuple[int, ...] | None = None
+    groups: bool = True
+    padding: bool = True
 
     def refusal(self, palette: Palette) -> str | None:
         """Why the target cannot hold ``palette`` and what it could hold, or None."""

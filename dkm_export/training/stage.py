@@ -91,7 +91,7 @@ def run_recipe(recipe: Recipe, progress: Progress) -> tuple[PalettizedModel, Met
             or the training diverges.
     """
     torch.manual_seed(recipe.seed)
-    # The tails of the attention are denormal numbers, which halve its speed on CPUs.
+    # The tails of the attention are denormal numbers, which CPUs compute slowly.
     torch.set_flush_denormal(True)
     model = _load_model(recipe)
     task = load_task(recipe.task) if recipe.task else None

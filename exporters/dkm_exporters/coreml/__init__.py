@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dkm_export.exporting import Capabilities, Exporter
-from dkm_export.palette import MAX_DIM
 from dkm_export.spec import Frozen
 
 if TYPE_CHECKING:
@@ -33,9 +32,7 @@ class CoreMLExporter(Exporter[CoreMLOptions]):
     target = "coreml"
     suffix = ".mlpackage"
     packages = ("coremltools",)
-    capabilities = Capabilities(
-        bits=(1, 2, 3, 4, 6, 8), max_dim=MAX_DIM, axes=None, groups=True, padding=False
-    )
+    capabilities = Capabilities(bits=(1, 2, 3, 4, 6, 8), padding=False)
     options = CoreMLOptions
 
     def lower(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dkm_export.exporting import Capabilities, Exporter, NoOptions
-from dkm_export.palette import MAX_BITS, MAX_DIM
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,9 +20,7 @@ class OnnxExporter(Exporter[NoOptions]):
     target = "onnx"
     suffix = ".onnx"
     packages = ("onnx", "onnx_ir", "onnxscript")
-    capabilities = Capabilities(
-        bits=tuple(range(1, MAX_BITS + 1)), max_dim=MAX_DIM, axes=None, groups=True, padding=True
-    )
+    capabilities = Capabilities()
     options = NoOptions
 
     def lower(

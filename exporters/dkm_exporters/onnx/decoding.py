@@ -76,8 +76,7 @@ class _Decoder:
     ) -> ir.Value:
         """The vectors, from a LUT that is first expanded to the ``8 / bits`` vectors per byte.
 
-        With one lookup per byte instead of two per index, it takes a quarter of the time where
-        a runtime does not fold it.
+        That is one lookup per byte instead of two per index, where a runtime does not fold it.
         """
         layout, (field,) = palette.layout, fields(palette.bits)
         per_byte = 8 // palette.bits
