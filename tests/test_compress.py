@@ -53,6 +53,18 @@ def test_every_weight_has_its_nearest_centroid() -> None:
     np.testing.assert_allclose(error, best, atol=1e-7)
 
 
+def test_centroids_are_rounded_before_the_assignment() -> None:
+    model = nn.Linear(32, 32)
+    nn.init.constant_(model.weight, 1.5001)
+    prepare(model, _spec(bits=1))
+    (dkm,) = (part for part in model.modules() if isinstance(part, DkmWeight))
+    # 1.0004 is 1 in float16: nearest before the rounding, but not after it
+    dkm.centroids = torch.tensor([[[1.0004], [2.0]]])
+    palette = finalize(model, SOURCE).palettes["weight"]
+    assert palette.lut.ravel().tolist() == [1.0, 2.0]
+    assert palette.indices.min() == 1
+
+
 def test_training_moves_weights_and_centroids_and_keeps_the_model_s_code() -> None:
     model, spec = convolutions(), _spec(bits=2, dim=2)
     kinds = [type(part) for part in model.children()]
