@@ -6,13 +6,13 @@ random weights at 224x224, so sizes and parity only. Takes about ten minutes on 
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
 import dkm_models
+from benchmarks.measuring import replace_section, table
 from dkm_export.checking.check import check
 from dkm_export.checking.report import Report, Status
 from dkm_export.checkpoint import save_checkpoint
@@ -42,12 +42,6 @@ def post_training(seed: int) -> float:
     _, metrics = run_recipe(load_recipe(RECIPES / "digits.toml", overrides), lambda *status: None)
     assert metrics.hard is not None
     return metrics.hard
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def sizes(report: Report, checkpoint: int) -> Iterable[Sequence[str]]:
@@ -103,9 +97,7 @@ def main() -> None:
     }
     text = README.read_text()
     for marker, content in parts.items():
-        pattern = rf"(<!-- {marker} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(pattern, rf"\g<1>{content}\n\g<2>", text, flags=re.DOTALL)
-        assert count == 1, marker
+        text = replace_section(text, marker, content)
     README.write_text(text)
 
 

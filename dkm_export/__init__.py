@@ -12,21 +12,37 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dkm_export.checkpoint import load_checkpoint, save_checkpoint
-    from dkm_export.compress import DkmSettings, finalize, prepare, set_temperature
+    from dkm_export.compress import (
+        finalize,
+        freeze,
+        measure_sensitivity,
+        prepare,
+        set_temperature,
+        shard,
+    )
     from dkm_export.errors import DkmError, ExitCode, GateFailed, InvalidInput, Unsupported
     from dkm_export.exporting.export import export
     from dkm_export.palette import Layout, Palette
     from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
+    from dkm_export.parametrization import DkmSettings
     from dkm_export.spec import CompressionSpec, LayerKind, LayerRule
     from dkm_export.task import Task
 
 _HOME = {
     "checkpoint": ("load_checkpoint", "save_checkpoint"),
-    "compress": ("DkmSettings", "finalize", "prepare", "set_temperature"),
+    "compress": (
+        "finalize",
+        "freeze",
+        "measure_sensitivity",
+        "prepare",
+        "set_temperature",
+        "shard",
+    ),
     "errors": ("DkmError", "ExitCode", "GateFailed", "InvalidInput", "Unsupported"),
     "exporting.export": ("export",),
     "palette": ("Layout", "Palette"),
     "palettized": ("InputSpec", "ModelSource", "PalettizedModel"),
+    "parametrization": ("DkmSettings",),
     "spec": ("CompressionSpec", "LayerKind", "LayerRule"),
     "task": ("Task",),
 }
@@ -50,10 +66,13 @@ __all__ = [
     "Unsupported",
     "export",
     "finalize",
+    "freeze",
     "load_checkpoint",
+    "measure_sensitivity",
     "prepare",
     "save_checkpoint",
     "set_temperature",
+    "shard",
 ]
 
 

@@ -2,7 +2,8 @@
 
 Tensors: ``<param>.lut`` (float16 ``[groups, 2**bits, dim]``), ``<param>.indices`` (packed uint8)
 and every dense tensor under its own name. The header's metadata has one key, ``dkm``, with a JSON
-object: schema version, tool version, source, spec and the layout of each palette.
+object: schema version, tool version, source, spec, the layout of each palette, and which other
+parameters are tied to one of them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -36,6 +37,7 @@ class _Header(Frozen):
     spec: CompressionSpec
     metrics: dict[str, FiniteFloat]
     layers: dict[str, PaletteEntry]
+    ties: dict[str, str] = Field(default_factory=dict)
 
 
 def save_checkpoint(model: PalettizedModel, path: Path, *, force: bool = False) -> None:
@@ -56,6 +58,7 @@ def save_checkpoint(model: PalettizedModel, path: Path, *, force: bool = False) 
         spec=model.spec,
         metrics=dict(model.metrics),
         layers=layers,
+        ties=dict(model.ties),
     )
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with staged(path, force=force) as new:
@@ -92,7 +95,12 @@ def load_checkpoint(path: Path) -> PalettizedModel:
             raise InvalidInput(f"{path}: tensor {error} is missing") from error
         except InvalidInput as error:
             raise InvalidInput(f"{path}: {name}: {error}") from error
-    return PalettizedModel(header.source, header.spec, palettes, tensors, header.metrics)
+    try:
+        return PalettizedModel(
+            header.source, header.spec, palettes, tensors, header.metrics, header.ties
+        )
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: {error}") from error
 
 
 def find_checkpoint(path: Path) -> Path:

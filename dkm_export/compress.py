@@ -6,130 +6,22 @@ the optimizer stay. ``finalize(model, source)`` then returns the palettes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from fnmatch import fnmatchcase
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
-from dkm_export.clustering import assign, initial_centroids, mean_squared_distance, soft_cluster
 from dkm_export.errors import InvalidInput
 from dkm_export.layers import LayerPlan, plan, require_palettes
-from dkm_export.palette import Palette
 from dkm_export.palettized import ModelSource, PalettizedModel
-from dkm_export.spec import CompressionSpec, Frozen
-
-_LARGEST_FLOAT16 = 65504.0
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class DkmSettings(Frozen):
-    """How the clustering layer works during training.
-
-    Attributes:
-        tau: softness of the assignment: a multiple of the mean squared distance to the nearest
-            centroid, which makes one value fit all layers; with ``tau_unit = "absolute"``, the
-            paper's temperature in squared units of the weights.
-        tau_unit: what ``tau`` multiplies.
-        iterations: most k-means iterations per training step.
-        eps: movement of the centroids, relative to the weights' standard deviation, that ends the
-            iterations early.
-    """
-
-    tau: Positive = 0.5
-    tau_unit: Literal["inertia", "absolute"] = "inertia"
-    iterations: Annotated[int, Field(ge=1)] = 3
-    eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-4
-
-
-class DkmWeight(nn.Module):
-    """Parametrization of a weight: soft clusters in training, hard ones in eval mode.
-
-    Attributes:
-        centroids: float32 ``[groups, 2**bits, dim]``; each training step starts where the last
-            one ended.
-        tau: float32 ``[groups, 1, 1]``, temperature in squared units of the weights.
-    """
-
-    centroids: Tensor
-    tau: Tensor
-
-    def __init__(
-        self,
-        weight: Tensor,
-        layer: LayerPlan,
-        spec: CompressionSpec,
-        settings: DkmSettings,
-        seed: int,
-    ) -> None:
-        super().__init__()
-        assert layer.bits is not None
-        self.name, self.layout, self.bits = layer.name, layer.layout, layer.bits
-        self.spec, self.settings = spec, settings
-        vectors = self._vectors(weight)
-        start = initial_centroids(vectors, 1 << layer.bits, seed)
-        self.register_buffer("centroids", start)
-        self.register_buffer("tau", torch.empty(self.layout.groups, 1, 1))
-        self.set_temperature(weight, settings.tau)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight as the layer sees it; same shape and dtype."""
-        if self.training:
-            vectors = self._vectors(weight)
-            eps = self.settings.eps * float(vectors.detach().std())
-            clusters = soft_cluster(
-                vectors, self.centroids, self.tau, self.settings.iterations, eps
-            )
-            # a new tensor, not a copy into the old one, which the backward pass still needs
-            self.centroids = clusters.centroids.detach()
-            shaped: Tensor = self.layout.from_vectors(clusters.vectors)
-            return shaped.to(weight.dtype)
-        return torch.from_numpy(self.palette(weight).dense()).to(weight)
-
-    def palette(self, weight: Tensor) -> Palette:
-        """The weight with every vector snapped to its nearest centroid.
-
-        The centroids are rounded to float16 before the assignment, so that a float16 target
-        holds the very values that the indices were chosen for.
-        """
-        if not bool(self.centroids.abs().max() <= _LARGEST_FLOAT16):
-            raise InvalidInput(
-                f"{self.name}: centroids are not finite in float16 (largest "
-                f"{float(self.centroids.abs().max()):g}): scale the layer down or skip it"
-            )
-        lut = self.centroids.half()
-        indices = assign(self._vectors(weight.detach()), lut.float())
-        return Palette(
-            self.bits,
-            self.layout,
-            lut.cpu().numpy(),
-            indices.to(torch.uint8).cpu().numpy().reshape(self.layout.index_shape),
-        )
-
-    @torch.no_grad()
-    def set_temperature(self, weight: Tensor, tau: float) -> None:
-        """Set the temperature from a value in the settings' unit."""
-        if self.settings.tau_unit == "absolute":
-            self.tau.fill_(tau)
-            return
-        vectors = self._vectors(weight)
-        inertia = mean_squared_distance(vectors, self.centroids)
-        # With as many centroids as distinct vectors nothing is left to soften: keep tau above 0.
-        floor = 1e-6 * vectors.square().mean() + torch.finfo(torch.float32).tiny
-        self.tau.copy_((tau * inertia).clamp(min=floor)[:, None, None])
-
-    def _vectors(self, weight: Tensor) -> Tensor:
-        if not bool(torch.isfinite(weight).all()):
-            raise InvalidInput(f"{self.name}: weights are not finite: the training has diverged")
-        trailing = weight.dim() - 1 - self.layout.axis
-        padded = F.pad(weight.float(), [0, 0] * trailing + [0, self.layout.padding])
-        vectors: Tensor = self.layout.to_vectors(padded)
-        return vectors
+from dkm_export.parametrization import DkmSettings, DkmWeight
+from dkm_export.sharding import cut_axis, distribute, full
+from dkm_export.spec import CompressionSpec
 
 
 def prepare(
@@ -138,15 +30,18 @@ def prepare(
     settings: DkmSettings | None = None,
     *,
     seed: int = 0,
+    sensitivity: Mapping[str, Tensor] | None = None,
     progress: Callable[[str, int, int], None] = lambda status, done, total: None,
 ) -> list[LayerPlan]:
     """Attach `DkmWeight` to every weight that ``spec`` selects, in place.
 
     Args:
-        model: float, with the weights to start from.
+        model: with the weights to start from, in float32, bfloat16 or float16.
         spec: what to compress and how.
         settings: how to cluster during training.
         seed: of the initial centroids.
+        sensitivity: how much each weight's squared error counts for the initial centroids, by
+            parameter name, of the weights' shapes and at least 0; see `measure_sensitivity`.
         progress: told the layer, layers done and layers in all.
 
     Returns:
@@ -159,16 +54,59 @@ def prepare(
     layers = plan(model, spec)
     require_palettes(layers)
     chosen = [layer for layer in layers if layer.bits is not None]
+    attached: dict[str, DkmWeight] = {}
     for done, layer in enumerate(chosen, 1):
         module = model.get_submodule(_owner(layer.name))
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
-        dkm = DkmWeight(weight.detach(), layer, spec, settings or DkmSettings(), seed)
+        if layer.tied_to:
+            dkm = attached[layer.tied_to]
+            dkm.names.append(layer.name)
+        else:
+            importance = None if sensitivity is None else sensitivity.get(layer.name)
+            if importance is not None and importance.shape != weight.shape:
+                raise InvalidInput(
+                    f"the sensitivity of {layer.name} is {list(importance.shape)}, "
+                    f"the weight {list(weight.shape)}"
+                )
+            settings = settings or DkmSettings()
+            dkm = DkmWeight(weight.detach(), layer, spec, settings, seed, importance)
+            attached[layer.name] = dkm
         # unsafe: leaves out a consistency check, which would run one step of the clustering
         parametrize.register_parametrization(module, "weight", dkm, unsafe=True)
         dkm.train(module.training)
+        weight.requires_grad_(weight.requires_grad and not dkm.frozen)
         progress(f"clustering {layer.name}", done, len(chosen))
     return layers
+
+
+def measure_sensitivity(model: nn.Module, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Mean squared gradient of each parameter: how much its error will matter, for `prepare`.
+
+    Source: Kim et al., "SqueezeLLM", arXiv 2306.07629, section 4.1 (the diagonal of the Fisher
+    information).
+
+    Args:
+        model: not yet prepared. Its gradients are cleared.
+        losses: a loss for each batch: ``(loss(model(x), y) for x, y in batches)``.
+
+    Raises:
+        InvalidInput: when there are no losses.
+    """
+    model.zero_grad()
+    sums: dict[str, Tensor] = {}
+    count = 0
+    for loss in losses:
+        loss.backward()
+        count += 1
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                square = parameter.grad.float().square()
+                sums[name] = sums[name] + square if name in sums else square
+        model.zero_grad()
+    if not count:
+        raise InvalidInput("measure_sensitivity needs at least one batch's loss")
+    return {name: total / count for name, total in sums.items()}
 
 
 def set_temperature(model: nn.Module, tau: float) -> None:
@@ -177,19 +115,67 @@ def set_temperature(model: nn.Module, tau: float) -> None:
         dkm.set_temperature(weight, tau)
 
 
+def freeze(model: nn.Module, pattern: str = "*") -> None:
+    """Keep the palettes of some layers of a prepared model as they are now.
+
+    Args:
+        model: prepared. The frozen weights ask for no gradient any more.
+        pattern: shell-style pattern over full parameter names, as in a rule.
+
+    Raises:
+        InvalidInput: when no layer matches.
+    """
+    names = []
+    for dkm, weight in _prepared(model):
+        names += dkm.names
+        if any(fnmatchcase(name, pattern) for name in dkm.names):
+            dkm.frozen = True
+            weight.requires_grad_(False)
+    if not any(fnmatchcase(name, pattern) for name in names):
+        raise InvalidInput(f"'{pattern}' matches no layer, allowed: {', '.join(names)}")
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """Let each process of ``mesh`` keep and cluster a part of every weight of a prepared model.
+
+    The weights become DTensors, cut between their vectors, and only sums of ``k (dim + 1)`` numbers
+    per iteration are exchanged. Where a weight cannot be cut, every process keeps all of it. Make
+    the optimizer afterwards.
+
+    Args:
+        model: prepared, the same on every process.
+        mesh: of one dimension.
+
+    Returns:
+        These weights, whose gradients are averaged already: the ``ignored_params`` of torch's
+        ``fully_shard``, which can take care of all the others.
+    """
+    parts = set()
+    for dkm, weight in list(_prepared(model)):
+        assert isinstance(weight, nn.Parameter)
+        part = distribute(weight, mesh, cut_axis(dkm.layout, mesh.size()))
+        for _, chain in _chains(model):
+            if chain.original is weight:
+                chain.original = part
+        dkm.forget_step()
+        parts.add(part)
+    return parts
+
+
 @contextmanager
 def soft_weights(model: nn.Module) -> Iterator[None]:
     """Within it, a prepared model in eval mode computes with soft weights; nothing is updated."""
-    layers = [(dkm, dkm.training, dkm.centroids) for dkm, _ in _prepared(model)]
+    layers = [(x, x.training, x.centroids, x.steps.clone()) for x, _ in _prepared(model)]
     try:
-        for dkm, _, _ in layers:
+        for dkm, *_ in layers:
             dkm.train()
         with parametrize.cached():
             yield
     finally:
-        for dkm, training, centroids in layers:
+        for dkm, training, centroids, steps in layers:
             dkm.train(training)
-            dkm.centroids = centroids
+            dkm.centroids, dkm.steps = centroids, steps
+            dkm.forget_step()
 
 
 def finalize(
@@ -197,7 +183,8 @@ def finalize(
 ) -> PalettizedModel:
     """The palettes of a prepared model, and a copy of everything else in its state dict.
 
-    The result computes what ``model`` computes in eval mode. ``model`` is left as it is.
+    The result computes what ``model`` computes in eval mode, half-precision weights in float32.
+    ``model`` is left as it is. Where weights are sharded, every process has to call it.
 
     Args:
         model: prepared, and trained since.
@@ -210,28 +197,43 @@ def finalize(
     layers = list(_prepared(model))
     if not layers:
         raise InvalidInput("the model has no DKM layers: call prepare(model, spec) first")
-    palettes = {dkm.name: dkm.palette(weight) for dkm, weight in layers}
-    prefixes = tuple(f"{_owner(name)}.parametrizations.weight.".lstrip(".") for name in palettes)
+    palettes = {dkm.names[0]: dkm.palette(weight) for dkm, weight in layers}
+    ties = {name: dkm.names[0] for dkm, _ in layers for name in dkm.names[1:]}
+    names = [*palettes, *ties]
+    prefixes = tuple(f"{_owner(name)}.parametrizations.weight.".lstrip(".") for name in names)
     dense = {
-        name: tensor.detach().cpu().clone()
+        name: _widened(full(tensor.detach())).cpu().clone()
         for name, tensor in model.state_dict().items()
         if not name.startswith(prefixes)
     }
-    return PalettizedModel(source, layers[0][0].spec, palettes, dense, metrics or {})
+    return PalettizedModel(source, layers[0][0].spec, palettes, dense, metrics or {}, ties)
 
 
 def _prepared(model: nn.Module) -> Iterator[tuple[DkmWeight, Tensor]]:
-    """Every `DkmWeight` with the weight that it clusters."""
+    """Every `DkmWeight`, tied ones once, with the weight that it clusters."""
+    seen = set()
+    for dkm, chain in _chains(model):
+        if dkm not in seen:
+            seen.add(dkm)
+            assert isinstance(chain.original, Tensor)
+            yield dkm, chain.original
+
+
+def _chains(model: nn.Module) -> Iterator[tuple[DkmWeight, ParametrizationList]]:
     for module in model.modules():
         if not parametrize.is_parametrized(module, "weight"):
             continue
         chains = module.parametrizations
         assert isinstance(chains, nn.ModuleDict)
         chain = chains["weight"]
+        assert isinstance(chain, ParametrizationList)
         for parametrization in chain.children():
             if isinstance(parametrization, DkmWeight):
-                assert isinstance(chain.original, Tensor)
-                yield parametrization, chain.original
+                yield parametrization, chain
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _owner(parameter: str) -> str:

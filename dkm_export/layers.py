@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from torch.nn.utils import parametrize
 from dkm_export.errors import InvalidInput
 from dkm_export.palette import Layout, packed_size
 from dkm_export.spec import CompressionSpec, LayerKind
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of weights that can be palettized."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class LayerPlan:
         layout: how the weight is cut into vectors.
         bits: bits per index, or None when the weight stays dense.
         reason: why it stays dense, or an empty string.
+        tied_to: name of an earlier layer whose palette is this one's too, or an empty string.
+        freeze: whether the palette is made once and not trained.
     """
 
     name: str
@@ -32,10 +37,14 @@ class LayerPlan:
     layout: Layout
     bits: int | None
     reason: str = ""
+    tied_to: str = ""
+    freeze: bool = False
 
     @property
     def nbytes(self) -> int:
-        """Predicted payload: packed indices and float16 LUTs, or float32 weights."""
+        """Predicted payload: packed indices and float16 LUTs, or float32 weights; a tie is free."""
+        if self.tied_to:
+            return 0
         return 4 * self.layout.size if self.bits is None else _palette_bytes(self.layout, self.bits)
 
 
@@ -58,8 +67,8 @@ def plan(model: nn.Module, spec: CompressionSpec) -> list[LayerPlan]:
     """Decide for every layer of ``model`` what its weight becomes.
 
     Raises:
-        InvalidInput: when a rule's pattern matches no layer, a rule does not fit a weight's shape,
-            or two layers share a weight that a rule would palettize.
+        InvalidInput: when a rule's pattern matches no layer, a rule does not fit a weight's shape
+            or dtype, or the layers of a tied weight are to become different palettes.
     """
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor) or is_lazy(tensor):
@@ -76,17 +85,20 @@ def plan(model: nn.Module, spec: CompressionSpec) -> list[LayerPlan]:
             )
     plans = [_plan_layer(name, kind, weight, spec) for name, kind, weight in layers]
     owners: dict[int, LayerPlan] = {}
-    for entry, (name, _, weight) in zip(plans, layers, strict=True):
+    for index, (name, _, weight) in enumerate(layers):
+        entry = plans[index]
         first = owners.setdefault(id(weight), entry)
         if first is not entry and (first.bits, entry.bits) != (None, None):
+            if (first.bits, first.layout) != (entry.bits, entry.layout):
+                raise InvalidInput(
+                    f"{first.name} and {name} are one tied weight: give both the same bits, dim, "
+                    "axis and groups, or skip both"
+                )
+            plans[index] = replace(entry, tied_to=first.name)
+        if entry.bits is not None and weight.dtype not in _DTYPES:
+            allowed = ", ".join(str(dtype) for dtype in _DTYPES)
             raise InvalidInput(
-                f"{first.name} and {name} are one tied weight, which cannot be palettized yet: "
-                "add a rule with skip = true for both"
-            )
-        if entry.bits is not None and weight.dtype != torch.float32:
-            raise InvalidInput(
-                f"{name} is {weight.dtype}, only torch.float32 can be palettized yet: "
-                "convert the model with .float()"
+                f"{name} is {weight.dtype}, allowed: {allowed}: convert the model with .float()"
             )
     return plans
 
@@ -127,7 +139,7 @@ def _plan_layer(
         raise InvalidInput(f"{name}: {error}") from error
     if _palette_bytes(layout, rule.bits) >= 2 * layout.size:
         return LayerPlan(name, kind, layout, None, "a palette would be no smaller than float16")
-    return LayerPlan(name, kind, layout, rule.bits)
+    return LayerPlan(name, kind, layout, rule.bits, freeze=rule.freeze)
 
 
 def _palette_bytes(layout: Layout, bits: int) -> int:

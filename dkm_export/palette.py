@@ -85,16 +85,17 @@ class Layout:
         """Cut a weight, already padded along ``axis``, into ``[groups, vectors / groups, dim]``.
 
         Takes and returns a numpy array or a torch tensor: both know ``reshape`` and ``swapaxes``.
+        In memory the result is ``[groups, dim, vectors / groups]``: few long rows.
         """
-        before, along, after = self._blocks
-        blocks = padded.reshape(before, along, self.dim, after).swapaxes(2, 3)
-        return blocks.reshape(self.groups, self.vectors // self.groups, self.dim)
+        _, _, after = self._blocks
+        blocks = padded.reshape(self.groups, -1, self.dim, after).swapaxes(1, 2)
+        return blocks.reshape(self.groups, self.dim, -1).swapaxes(1, 2)
 
     def from_vectors(self, vectors: Any) -> Any:
         """Inverse of `to_vectors`, without the padding: a weight of ``shape``."""
         before, along, after = self._blocks
-        blocks = vectors.reshape(before, along, after, self.dim).swapaxes(2, 3)
-        padded = blocks.reshape(before, along * self.dim, after)
+        rows = vectors.swapaxes(1, 2).reshape(self.groups, self.dim, -1, after)
+        padded = rows.swapaxes(1, 2).reshape(before, along * self.dim, after)
         return padded[:, : self.shape[self.axis]].reshape(self.shape)
 
 

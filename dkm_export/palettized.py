@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
@@ -19,6 +20,8 @@ from dkm_export.spec import CompressionSpec, Frozen
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=100)]
 """An identifier that is safe as a file name and as a generated Swift or Kotlin name."""
 
+
+_HALF = (torch.float16, torch.bfloat16)
 
 _MOST_VALUES = 2**28
 """Of one input: 1 GiB of float32. Shapes come from files, and memory is made for them."""
@@ -112,6 +115,7 @@ class PalettizedModel:
         spec: the rules that made the palettes.
         palettes: by full parameter name (``features.0.weight``).
         dense: the rest of the state dict: biases, batch norm, layers left alone.
+        ties: names of parameters that are another one of ``palettes``, with its name.
         metrics: the task's metric where it was measured: ``fp32`` before, ``hard`` after.
     """
 
@@ -120,11 +124,16 @@ class PalettizedModel:
     palettes: Mapping[str, Palette]
     dense: Mapping[str, Tensor]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        twice = sorted(self.palettes.keys() & self.dense.keys())
+        names = [*self.palettes, *self.dense, *self.ties]
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         if twice:
-            raise InvalidInput(f"{twice[0]} is both a palette and a dense tensor")
+            raise InvalidInput(f"{twice[0]} is more than one of palette, dense tensor and tie")
+        for name, owner in self.ties.items():
+            if owner not in self.palettes:
+                raise InvalidInput(f"{name} is tied to {owner}, which is no palette")
 
     def build(self) -> nn.Module:
         """The PyTorch reference: the model in eval mode with every palette decoded to float32.
@@ -133,13 +142,16 @@ class PalettizedModel:
             InvalidInput: when the factory's model does not have these parameters and shapes.
         """
         module = build_module(self.source.factory, self.source.arguments)
+        # Half-precision weights are deployed from their float16 LUTs like all others.
+        if any(tensor.dtype in _HALF for tensor in module.state_dict().values()):
+            module.float()
         load_state(module, self.state_dict(), f"the model of '{self.source.factory}'")
         return module.eval().requires_grad_(False)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state dict, palettes decoded."""
         decoded = {name: torch.from_numpy(p.dense()) for name, p in self.palettes.items()}
-        return {**self.dense, **decoded}
+        return {**self.dense, **decoded, **{name: decoded[own] for name, own in self.ties.items()}}
 
     @property
     def fp32_bytes(self) -> int:

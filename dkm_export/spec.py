@@ -42,6 +42,7 @@ class LayerRule(Frozen):
         dim: consecutive weights along ``axis`` that share one index.
         axis: 0 is the output channel of convolutions and linear layers.
         groups: even splits of axis 0 that get a LUT each.
+        freeze: palettize once, before the training, and train only the other layers around it.
         skip: leave the layers dense.
     """
 
@@ -51,12 +52,15 @@ class LayerRule(Frozen):
     dim: Dim = 1
     axis: Annotated[int, Field(ge=0)] = 0
     groups: Annotated[int, Field(ge=1)] = 1
+    freeze: bool = False
     skip: bool = False
 
     @model_validator(mode="after")
     def _bits_unless_skipped(self) -> Self:
         if self.skip == (self.bits is not None):
             raise ValueError("a rule has either bits (1 to 8) or skip = true")
+        if self.skip and self.freeze:
+            raise ValueError("a skipped layer has nothing to freeze")
         return self
 
     def matches(self, name: str, kind: LayerKind) -> bool:
@@ -83,5 +87,5 @@ class CompressionSpec(Frozen):
         if rule is None or rule.skip:
             return None
         if size < self.small_layer_size:
-            return LayerRule(bits=self.small_layer_bits)
+            return LayerRule(bits=self.small_layer_bits, freeze=rule.freeze)
         return rule

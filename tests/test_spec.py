@@ -68,20 +68,21 @@ def test_plan_refuses_a_pattern_that_matches_nothing() -> None:
         plan(Convolutions(), spec)
 
 
-def test_plan_refuses_tied_weights_and_bad_layouts() -> None:
+def test_plan_of_tied_weights_and_bad_layouts() -> None:
     tied = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     tied[1].weight = tied[0].weight
     rules = (LayerRule(bits=2),)
-    with pytest.raises(InvalidInput, match=r"0.weight and 1.weight are one tied weight"):
-        plan(tied, CompressionSpec(rules=rules, small_layer_size=0))
+    spec = CompressionSpec(rules=rules, small_layer_size=0)
+    shared = nn.Linear(32, 32)
+    for model in (tied, nn.Sequential(shared, shared)):
+        first, second = plan(model, spec)
+        assert (first.tied_to, second.tied_to) == ("", "0.weight")
+        assert (first.nbytes, second.nbytes) == (264, 0)
     one_skipped = CompressionSpec(
         rules=(*rules, LayerRule(pattern="1.*", skip=True)), small_layer_size=0
     )
     with pytest.raises(InvalidInput, match=r"0.weight and 1.weight are one tied weight"):
         plan(tied, one_skipped)
-    shared = nn.Linear(32, 32)
-    with pytest.raises(InvalidInput, match=r"0.weight and 1.weight are one tied weight"):
-        plan(nn.Sequential(shared, shared), CompressionSpec(rules=rules, small_layer_size=0))
     odd = CompressionSpec(rules=(LayerRule(bits=2, groups=3),), small_layer_size=0)
     with pytest.raises(InvalidInput, match=r"weight: groups 3 does not divide axis 0"):
         plan(nn.Linear(32, 32), odd)

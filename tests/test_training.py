@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 import dkm_models
 from dkm_export.checkpoint import save_checkpoint
 from dkm_export.errors import InvalidInput
+from dkm_export.task import Task
+from dkm_export.training import stage
 from dkm_export.training.recipe import Recipe, load_recipe
-from dkm_export.training.stage import plan_recipe, run_recipe
+from dkm_export.training.stage import evaluate, plan_recipe, run_recipe
 
 RECIPES = Path(dkm_models.__path__[0]) / "recipes"
 SHORT = ("train.epochs=2", "dkm.epochs=1", "train.batch_size=256", "dkm.batch_size=512")
@@ -117,8 +119,23 @@ def test_the_demo_s_recipe_keeps_the_accuracy() -> None:
 
 def test_divergence_is_an_error() -> None:
     recipe = load_recipe(RECIPES / "digits.toml", [*SHORT, "train.learning_rate=1e30"])
-    with pytest.raises(InvalidInput, match=r"fp32: the loss is (nan|inf) .*learning rate"):
+    where = r"^fp32 epoch [12], step \d+: the loss is (nan|inf): lower the learning rate$"
+    with pytest.raises(InvalidInput, match=where):
         run_recipe(recipe, _ignore)
+
+
+def test_what_is_measured_soft_and_what_hard(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(model: torch.nn.Module, task: Task) -> float:
+        seen.append({part.training for part in model.modules() if hasattr(part, "centroids")})
+        assert not model.training
+        return evaluate(model, task)
+
+    monkeypatch.setattr(stage, "evaluate", watched)
+    run_recipe(load_recipe(RECIPES / "digits.toml", [*SHORT, "train.epochs=0"]), _ignore)
+    float_model, soft, hard, end = seen
+    assert (float_model, soft, hard, end) == (set(), {True}, {False}, {False})
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dkm_export.cli.terminal import Terminal, ratio, size
-from dkm_export.errors import ExitCode, InvalidInput
-from dkm_export.files import CHECKPOINT, METRICS, staged
+from dkm_export.errors import DkmError, ExitCode, InvalidInput
+from dkm_export.files import CHECKPOINT, METRICS, require_replaceable, staged
 
 if TYPE_CHECKING:
+    from dkm_export.training.distributed import World
+    from dkm_export.training.metrics import Metrics
     from dkm_export.training.recipe import Recipe
 
 
@@ -19,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE.toml")
     parser.add_argument("-o", "--output", type=Path, metavar="RUN", help="folder to make")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a run of this output that was cut off"
+    )
     parser.add_argument("--seed", type=int, help="instead of the recipe's")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's key"
@@ -29,29 +34,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, terminal: Terminal) -> int:
-    """Run ``dkm compress``."""
+    """Run ``dkm compress``, also as one of several processes that torchrun started."""
+    from dkm_export.training.distributed import meet, processes
+
+    with processes() as world:
+        try:
+            return _run(options, terminal if world.leads else Terminal(quiet=True), world)
+        except DkmError as error:
+            if world.group is None:
+                raise
+            # All ranks have met it. torchrun ends them all once the first has ended, so that one
+            # waits until rank 0 has said it.
+            if world.leads:
+                terminal.error(str(error), error.exit_code)
+            meet(world)
+            return error.exit_code
+
+
+def _run(options: argparse.Namespace, terminal: Terminal, world: World) -> int:
     from dkm_export.checkpoint import save_checkpoint
+    from dkm_export.training.distributed import together
     from dkm_export.training.recipe import load_recipe
+    from dkm_export.training.resume import ResumeFile
     from dkm_export.training.stage import run_recipe
 
     overrides = options.set + ([] if options.seed is None else [f"seed={options.seed}"])
-    recipe = load_recipe(options.recipe, overrides)
-    if options.dry_run:
-        return _show_plan(recipe, terminal)
-    if options.output is None:
-        raise InvalidInput("name the folder to make: -o RUN")
-    output, force = options.output, options.force
-    weights = recipe.model.weights
-    sources = [options.recipe, *([] if weights is None else [weights])]
-    with staged(output, force=force, folder=True, sources=sources) as folder:
-        with terminal.training_progress() as progress:
-            model, metrics = run_recipe(recipe, progress)
-        save_checkpoint(model, folder / CHECKPOINT)
-        (folder / METRICS).write_text(metrics.model_dump_json(indent=2) + "\n")
-    file = options.output / CHECKPOINT
+    with together(world):
+        recipe = load_recipe(options.recipe, overrides)
+        if options.dry_run:
+            return _show_plan(recipe, terminal) if world.leads else ExitCode.OK
+        if options.output is None:
+            raise InvalidInput("name the folder to make: -o RUN")
+        output, force = options.output, options.force
+        weights = recipe.model.weights
+        sources = [options.recipe, *([] if weights is None else [weights])]
+        resume = ResumeFile.beside(output)
+        if world.leads:
+            require_replaceable(output, force=force, folder=True, sources=sources)
+            resume.begin(resume=options.resume, force=force)
+    with terminal.training_progress() as progress:
+        model, metrics = run_recipe(recipe, progress, world=world, resume=resume)
+    with together(world):
+        if world.leads:
+            with staged(output, force=force, folder=True, sources=sources) as folder:
+                save_checkpoint(model, folder / CHECKPOINT)
+                (folder / METRICS).write_text(metrics.model_dump_json(indent=2) + "\n")
+            resume.end()
+    if world.leads:
+        _show_result(output / CHECKPOINT, metrics, terminal)
+    return ExitCode.OK
+
+
+def _show_result(file: Path, metrics: Metrics, terminal: Terminal) -> None:
     if terminal.json:
         terminal.result({"checkpoint": str(file), "metrics": metrics.model_dump(mode="json")})
-        return ExitCode.OK
+        return
     rows: list[tuple[str, object]] = [
         ("checkpoint", file),
         ("bytes", size(file.stat().st_size)),
@@ -66,7 +103,6 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         rows.append(("soft - hard gap", f"{metrics.epochs[-1].gap:+.2f}"))
     for name, value in rows:
         terminal.print(f"{name:<20} {value}")
-    return ExitCode.OK
 
 
 def _show_plan(recipe: Recipe, terminal: Terminal) -> int:

@@ -1,6 +1,14 @@
 """The mathematics of differentiable k-means: tensors in, tensors out."""
 
-from dkm_export.clustering.dkm import Clusters, soft_cluster
-from dkm_export.clustering.kmeans import assign, initial_centroids, mean_squared_distance
+from dkm_export.clustering.dkm import Clusters, Gradient, Reduce, soft_cluster
+from dkm_export.clustering.kmeans import assign, inertia, initial_centroids
 
-__all__ = ["Clusters", "assign", "initial_centroids", "mean_squared_distance", "soft_cluster"]
+__all__ = [
+    "Clusters",
+    "Gradient",
+    "Reduce",
+    "assign",
+    "inertia",
+    "initial_centroids",
+    "soft_cluster",
+]

@@ -1,15 +1,40 @@
-"""Differentiable k-means in its plain form: attention between weights and centroids.
+"""Differentiable k-means: the iterations, and their gradient in three forms.
 
 Source: Cho et al., "DKM: Differentiable K-Means Clustering Layer for Neural Network
-Compression", ICLR 2022, arXiv 2108.12659, section 3.
+Compression", ICLR 2022, arXiv 2108.12659, section 3. With ``A(C)`` the row-softmax of
+``-|w_i - c_j|^2 / tau`` over the centroids:
+
+    C_{t+1} = (A(C_t)^T W) / (A(C_t)^T 1)      for t = 0 .. T-1
+    W~      = A(C_{T-1}) C_T
+
+Everything that depends on all weights is a sum over them of ``k`` short rows, so this file needs
+only those sums: `Points` makes them, tile by tile for vectors and on few values for scalars, and
+``reduce`` adds up those of other processes.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dkm_export.clustering.scalars import ScalarPoints
+from dkm_export.clustering.vectors import VectorPoints
+
+Gradient = Literal["unrolled", "implicit", "jacobian-free"]
+"""``unrolled``: through all iterations, the paper's. ``implicit``: at the fixed point (IDKM, arXiv
+2312.07759), for iterations that have converged. ``jacobian-free``: the last iteration's part of
+it, IDKM-JFB."""
+
+Reduce = Callable[[Tensor], Tensor]
+"""Adds up a small tensor over all processes that hold a part of the weights."""
+
+_UNATTENDED = 1e-30
+"""A centroid with less attention than this stays where it is."""
 
 
 class Clusters(NamedTuple):
@@ -17,58 +42,249 @@ class Clusters(NamedTuple):
 
     Attributes:
         vectors: ``[groups, n, dim]``, each vector replaced by its attention-weighted centroids.
-        centroids: ``[groups, k, dim]`` after the last iteration.
+        centroids: ``[groups, k, dim]`` after the last iteration, scalars in ascending order; no
+            gradient flows through them.
     """
 
     vectors: Tensor
     centroids: Tensor
 
 
-def attention(vectors: Tensor, centroids: Tensor, tau: Tensor) -> Tensor:
-    """Row-softmax of ``-|w - c|^2 / tau``: ``[groups, n, k]``, rows sum to 1.
+class Points(Protocol):
+    """The weights of one group, and every sum over them that DKM needs.
 
-    For vectors, ``|w|^2`` is the same along a row and cancels, so that one product does. With
-    scalars there can be many centroids close together, for which the product's rounding is too
-    coarse.
-
-    Args:
-        vectors: ``[groups, n, dim]``.
-        centroids: ``[groups, k, dim]``.
-        tau: temperature per group, ``[groups, 1, 1]``, in squared units of the weights.
+    Centroids are float64 ``[k, dim]``, sums float64. Both count from ``origin`` in steps of
+    ``unit``, in which attention is the same, and values around 0 and 1 round and overflow least.
     """
-    if vectors.shape[-1] == 1:
-        return torch.softmax((vectors - centroids.transpose(1, 2)).square() / -tau, dim=-1)
-    # Products of values around zero round least, and distances do not change with the origin.
-    origin = centroids.mean(1, keepdim=True).detach()
-    vectors, centroids = vectors - origin, centroids - origin
-    half_norms = centroids.square().sum(-1).unsqueeze(1) / 2
-    products = torch.baddbmm(-half_norms, vectors, centroids.transpose(1, 2))
-    return torch.softmax(products * (2 / tau), dim=-1)
+
+    def __init__(self, vectors: Tensor, origin: Tensor, unit: float, tau: float) -> None:
+        """Take ``[n, dim]`` weights, float64 ``[dim]``, a power of two, and ``tau / unit^2``."""
+
+    def sums(self, centroids: Tensor) -> Tensor:
+        """``[k, dim + 1]``: ``sum_i a_ij w_i`` and ``sum_i a_ij``."""
+
+    def soften(self, centroids: Tensor, values: Tensor, out: Tensor) -> None:
+        """Write ``sum_j a_ij values_j``, as weights, to ``out [dim, n]``.
+
+        The last `sums` must have been of the same centroids.
+        """
+
+    def pull_values(self, gradient: Tensor) -> Tensor:
+        """Gradient ``[k, dim]`` with respect to the values of `soften`, from that of its result."""
+
+    def pull(self, centroids: Tensor, step: Tensor | None, output: bool, keep: bool) -> Tensor:
+        """Gradient ``[k, dim]`` with respect to ``centroids``, through their attention.
+
+        Args:
+            centroids: what the attention was computed with.
+            step: ``[k, dim + 1]``, the gradient with respect to `sums`, or None.
+            output: whether to add the path through the attention of `soften`.
+            keep: whether to keep what flows to the weights for `weight_gradient`.
+        """
+
+    def weight_gradient(self, out: Tensor) -> None:
+        """Write the gradient with respect to the weights, all that was kept, to ``[dim, n]``."""
+
+    def jacobian(self, centroids: Tensor, moved: Tensor) -> Tensor | None:
+        """``mass_j d moved_j / d centroids_l`` as ``[k, k]`` for scalars; None for vectors."""
+
+    def detach(self) -> list[Tensor]:
+        """Hand over all large tensors, for autograd to keep."""
+
+    def attach(self, tensors: list[Tensor]) -> None:
+        """Take them back."""
+
+
+class _Group(NamedTuple):
+    """One group's way: centroids ``C_0 .. C_T`` and the attention mass of each iteration."""
+
+    points: Points
+    path: list[Tensor]
+    masses: list[Tensor]
 
 
 def soft_cluster(
-    vectors: Tensor, centroids: Tensor, tau: Tensor, iterations: int, eps: float = 0.0
+    vectors: Tensor,
+    centroids: Tensor,
+    tau: Tensor,
+    iterations: int,
+    eps: float = 0.0,
+    gradient: Gradient = "unrolled",
+    reduce: Reduce = lambda sums: sums,
 ) -> Clusters:
-    """Run DKM: attention, new centroids, until they move by at most ``eps``, and once to soften.
+    """Run DKM until the centroids move by at most ``eps``, and soften the weights.
 
-    Gradients run through all iterations. A centroid that no vector attends to stays where it is.
+    Memory does not depend on ``iterations``. Works the same under autocast; float16 and bfloat16
+    weights are clustered in float32 or wider.
 
     Args:
-        vectors: ``[groups, n, dim]``, the weights.
+        vectors: ``[groups, n, dim]`` floating point, the weights (of this process).
         centroids: ``[groups, k, dim]``, where the last step ended; no gradient flows into them.
-        tau: ``[groups, 1, 1]``, see `attention`.
+        tau: ``[groups, 1, 1]``, temperature in squared units of the weights, above 0. Below what
+            the weights' precision can tell apart, assignments are hard anyway.
         iterations: the most iterations to run, at least 1.
-        eps: largest movement of any centroid that counts as converged.
+        eps: largest movement of any centroid that counts as converged, relative to the standard
+            deviation of the group's centroids.
+        gradient: see `Gradient`.
+        reduce: see `Reduce`; all processes call it equally often, with equal shapes.
     """
-    centroids = centroids.detach()
+    options = (iterations, eps, gradient, reduce)
+    soft, moved = _SoftCluster.apply(vectors, centroids, tau, options)  # type: ignore[no-untyped-call]
+    return Clusters(soft, moved)
+
+
+class _SoftCluster(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        vectors: Tensor,
+        centroids: Tensor,
+        tau: Tensor,
+        options: tuple[int, float, Gradient, Reduce],
+    ) -> tuple[Tensor, Tensor]:
+        iterations, eps, ctx.gradient, ctx.reduce = options
+        count, n, dim = vectors.shape
+        soft = vectors.new_empty(count, dim, n)
+        moved = torch.empty_like(centroids)
+        kind: type[Points] = ScalarPoints if dim == 1 else VectorPoints
+        ctx.groups, kept = [], []
+        with torch.autocast(vectors.device.type, enabled=False):
+            for index, temperature in enumerate(tau.flatten().tolist()):
+                start = centroids[index].double()
+                if dim == 1:
+                    start = start.sort(0).values
+                # the median, which no far centroid takes away from where most weights are
+                origin, unit = start.median(0).values, _unit(start)
+                points = kind(vectors[index], origin, unit, temperature / unit**2)
+                group = _iterate(points, (start - origin) / unit, iterations, eps, ctx.reduce)
+                points.soften(group.path[-2], group.path[-1], soft[index])
+                moved[index] = group.path[-1] * unit + origin
+                tensors = points.detach()
+                ctx.groups.append((group, len(tensors)))
+                kept += tensors
+        ctx.save_for_backward(*kept)
+        ctx.mark_non_differentiable(moved)
+        return soft.transpose(1, 2), moved
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        count, n, dim = cotangent.shape
+        result = cotangent.new_empty(count, dim, n)
+        kept = list(ctx.saved_tensors)
+        with torch.autocast(cotangent.device.type, enabled=False):
+            for index, (group, size) in enumerate(ctx.groups):
+                group.points.attach(kept[:size])
+                del kept[:size]
+                _backward(group, cotangent[index], ctx.gradient, ctx.reduce)
+                group.points.weight_gradient(result[index])
+                group.points.detach()
+        return result.transpose(1, 2), None, None, None
+
+
+def _unit(centroids: Tensor) -> float:
+    """A power of two about as large as the centroids' standard deviation."""
+    deviation = centroids.std(correction=0).item()
+    return 2.0 ** max(-100, min(100, round(math.log2(deviation)))) if deviation else 1.0
+
+
+def _iterate(points: Points, start: Tensor, iterations: int, eps: float, reduce: Reduce) -> _Group:
+    path, masses = [start], []
+    limit = eps * start.std(correction=0)
     for _ in range(iterations):
-        weights = attention(vectors, centroids, tau)
-        mass = weights.sum(1).unsqueeze(-1)
-        attended = mass > torch.finfo(mass.dtype).tiny
-        means = weights.transpose(1, 2) @ vectors / torch.where(attended, mass, 1.0)
-        moved = torch.where(attended, means, centroids)
-        step = (moved.detach() - centroids.detach()).abs().max()
-        centroids = moved
-        if step <= eps:
+        sums = reduce(points.sums(path[-1]))
+        mass = sums[:, -1:]
+        attended = mass > _UNATTENDED
+        # an infinite mass takes the unattended out of every later quotient
+        masses.append(torch.where(attended, mass, torch.inf))
+        path.append(torch.where(attended, sums[:, :-1] / mass, path[-1]))
+        if eps and (path[-1] - path[-2]).abs().max() <= limit:
             break
-    return Clusters(attention(vectors, centroids, tau) @ centroids, centroids)
+    return _Group(points, path, masses)
+
+
+def _backward(group: _Group, cotangent: Tensor, gradient: Gradient, reduce: Reduce) -> None:
+    points, path, masses = group
+    flowing = reduce(points.pull_values(cotangent))
+    if gradient == "unrolled":
+        for t in reversed(range(len(masses))):
+            step = _sums_cotangent(flowing, path[t + 1], masses[t])
+            output = t == len(masses) - 1
+            stayed = torch.where(masses[t].isinf(), flowing, 0.0)
+            flowing = reduce(points.pull(path[t], step, output, keep=True)) + stayed
+        return
+    before, after, mass = path[-2], path[-1], masses[-1]
+    flowing = flowing + reduce(points.pull(before, None, output=True, keep=True))
+    if gradient == "implicit":
+        # products with vectors are no more exact than the vectors
+        tolerance = 0.1 * math.sqrt(torch.finfo(cotangent.dtype).eps)
+        flowing = _solve(group, flowing, reduce, tolerance)
+    # Of the last pull only what flows to the weights is wanted, so there is nothing to reduce.
+    points.pull(before, _sums_cotangent(flowing, after, mass), output=False, keep=True)
+
+
+def _sums_cotangent(flowing: Tensor, moved: Tensor, mass: Tensor) -> Tensor:
+    """Gradient with respect to `Points.sums` from that of their quotient ``moved``."""
+    means = flowing / mass
+    return torch.cat([means, -(means * moved).sum(1, keepdim=True)], 1)
+
+
+def _solve(group: _Group, flowing: Tensor, reduce: Reduce, tolerance: float) -> Tensor:
+    """``z = flowing + J^T z``, the gradient at the fixed point; ``J`` is one iteration's Jacobian.
+
+    Scalars have a ``k x k`` Jacobian to solve with. Vectors take GMRES, which needs products only.
+    """
+    points, path, masses = group
+    before, after, mass = path[-2], path[-1], masses[-1]
+    partial = points.jacobian(before, after)
+    if partial is not None:
+        jacobian = reduce(partial) / mass
+        identity = torch.eye(len(jacobian), dtype=jacobian.dtype, device=jacobian.device)
+        solution: Tensor = torch.linalg.solve(identity - jacobian.T, flowing)
+        return solution
+
+    def residual_of(z: Tensor) -> Tensor:
+        z = z.view_as(flowing)
+        step = _sums_cotangent(z, after, mass)
+        return (z - reduce(points.pull(before, step, output=False, keep=False))).flatten()
+
+    return gmres(residual_of, flowing.flatten(), tolerance).view_as(flowing)
+
+
+def gmres(
+    operator: Callable[[Tensor], Tensor], target: Tensor, tolerance: float, steps: int = 50
+) -> Tensor:
+    """Solve ``operator(z) = target`` for a flat float64 ``z`` (Saad and Schultz, 1986).
+
+    Args:
+        operator: linear.
+        target: ``[m]``.
+        tolerance: of the residual's norm, relative to that of ``target``.
+        steps: the most calls of ``operator``.
+    """
+    norm = target.norm()
+    if norm == 0:
+        return torch.zeros_like(target)
+    basis = [target / norm]
+    columns: list[Tensor] = []
+    weights = target.new_zeros(0)
+    for size in range(1, min(steps, len(target)) + 1):
+        image = operator(basis[-1])
+        space = torch.stack(basis)
+        # orthogonalised twice, as once leaves rounding errors behind
+        first = space @ image
+        image = image - space.T @ first
+        second = space @ image
+        image = image - space.T @ second
+        length = image.norm()
+        columns.append(torch.cat([first + second, length[None]]))
+        hessenberg = target.new_zeros(size + 1, size)
+        for index, column in enumerate(columns):
+            hessenberg[: len(column), index] = column
+        goal = target.new_zeros(size + 1)
+        goal[0] = norm
+        weights = torch.linalg.lstsq(hessenberg, goal[:, None]).solution[:, 0]
+        if (hessenberg @ weights - goal).norm() <= tolerance * norm or length <= 1e-14 * norm:
+            break
+        basis.append(image / length)
+    return torch.stack(basis[: len(weights)]).T @ weights

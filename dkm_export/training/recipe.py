@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from dkm_export.compress import DkmSettings, Positive
 from dkm_export.errors import InvalidInput
 from dkm_export.palettized import ModelDescription, ModelSource
+from dkm_export.parametrization import DkmSettings, Positive
 from dkm_export.settings import parse_setting
 from dkm_export.spec import CompressionSpec, Frozen
 from dkm_export.validation import explain
@@ -47,9 +47,14 @@ class DkmSection(TrainSection, DkmSettings):
 
     Attributes:
         tau_end: ``tau`` falls geometrically from ``tau`` in the first epoch to this in the last.
+        sensitivity_batches: training batches whose mean squared gradient says how much each
+            weight counts for the initial centroids; with 0, all count the same.
+        shard: several processes keep and cluster a part of each weight, instead of all of it.
     """
 
     tau_end: Positive = 0.05
+    sensitivity_batches: Annotated[int, Field(ge=0)] = 0
+    shard: bool = False
 
 
 class Recipe(Frozen):
@@ -92,9 +97,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise InvalidInput(f"{path}: {explain(error, Recipe)}") from error
-    trains = recipe.dkm.epochs or (recipe.train and recipe.train.epochs)
+    trains = (
+        recipe.dkm.epochs
+        or recipe.dkm.sensitivity_batches
+        or (recipe.train and recipe.train.epochs)
+    )
     if trains and recipe.task is None:
-        raise InvalidInput(f"{path}: training needs a 'task', or epochs = 0")
+        raise InvalidInput(
+            f"{path}: training needs a 'task', or epochs = 0 and sensitivity_batches = 0"
+        )
     if recipe.model.weights is None:
         return recipe
     weights = path.parent / recipe.model.weights

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -14,62 +12,28 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dkm_export.compress import finalize, prepare, set_temperature, soft_weights
+from dkm_export.compress import (
+    finalize,
+    measure_sensitivity,
+    prepare,
+    set_temperature,
+    soft_weights,
+)
 from dkm_export.errors import InvalidInput
 from dkm_export.layers import LayerPlan, plan, require_palettes
 from dkm_export.palettized import PalettizedModel, load_state
 from dkm_export.references import build_module, load_task
 from dkm_export.samples import fixed_batches, run_reference
-from dkm_export.spec import Frozen
-from dkm_export.task import Task, batches_of, loss_of, metric_of, size_of, user_code
-from dkm_export.training.recipe import Recipe, TrainSection
+from dkm_export.task import Task, batches_of, metric_of
+from dkm_export.training.distributed import ALONE, World, gather, together
+from dkm_export.training.loop import Progress as Progress
+from dkm_export.training.loop import Run, begin, save, train_epoch, training_loss
+from dkm_export.training.metrics import Epoch, Metrics, Sizes
+from dkm_export.training.recipe import Recipe
+from dkm_export.training.resume import ResumeFile, Standing, fingerprint
 
 _BATCH = 256
 """Test inputs that are evaluated at once."""
-
-_SEEDS_PER_RUN = 10_000
-"""Each epoch of each seed shuffles by its own seed."""
-
-Progress = Callable[[str, int, int], None]
-"""Told a status, whose first word is the phase, steps done, and steps in all of the phase."""
-
-
-class Epoch(Frozen):
-    """What one epoch of DKM fine-tuning ended with.
-
-    Attributes:
-        loss: mean over the epoch's batches.
-        soft: the task's metric with soft weights, as the training saw them.
-        hard: the metric with hard weights, as the artifact will have them.
-        gap: ``soft - hard``; when it stays large, ``tau_end`` is too high.
-    """
-
-    epoch: int
-    tau: float
-    loss: float
-    soft: float
-    hard: float
-    gap: float
-
-
-class Sizes(Frozen):
-    """Bytes of the weights: palettes (packed indices and float16 LUTs), the rest, and float32."""
-
-    palettes: int
-    dense: int
-    fp32: int
-
-
-class Metrics(Frozen):
-    """``metrics.json``. The metrics are None for a model without a task."""
-
-    schema_version: Literal[1] = 1
-    seed: int
-    metric: str | None
-    fp32: float | None
-    epochs: tuple[Epoch, ...]
-    hard: float | None
-    sizes: Sizes
 
 
 def plan_recipe(recipe: Recipe) -> tuple[list[LayerPlan], int]:
@@ -80,29 +44,59 @@ def plan_recipe(recipe: Recipe) -> tuple[list[LayerPlan], int]:
     return layers, whole - sum(4 * layer.layout.size for layer in layers)
 
 
-def run_recipe(recipe: Recipe, progress: Progress) -> tuple[PalettizedModel, Metrics]:
+def run_recipe(
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    world: World = ALONE,
+    resume: ResumeFile | None = None,
+) -> tuple[PalettizedModel, Metrics]:
     """Train and compress as ``recipe`` says.
 
-    The same recipe and seed give the same result on the same machine. Sets torch's seed and its
-    handling of denormal numbers for the process.
+    The same recipe and seed give the same result on the same machine, also when the run was cut
+    off and went on from its resume file. Sets torch's seed and its handling of denormal numbers
+    for the process.
+
+    Args:
+        recipe: what to do.
+        progress: told after every step.
+        world: the processes that train together; each gets the same result.
+        resume: gets the state after every epoch; when the file is there, the run goes on from it.
 
     Raises:
-        InvalidInput: when the model, task, weights or rules are not what they have to be,
-            or the training diverges.
+        InvalidInput: when the model, task, weights, rules or resume file are not what they have
+            to be, or the training diverges.
+        DkmError: when the processes come to different weights.
     """
     torch.manual_seed(recipe.seed)
     # The tails of the attention are denormal numbers, which CPUs compute slowly.
     torch.set_flush_denormal(True)
-    model = _load_model(recipe)
-    task = load_task(recipe.task) if recipe.task else None
-    _try_out(model, task, recipe)
-    if task and recipe.train:
-        for _ in _train(model, task, recipe.train, recipe.seed, "fp32", progress):
-            pass
-    fp32 = evaluate(model.eval(), task) if task else None
-    prepare(model, recipe.compression, recipe.dkm, seed=recipe.seed, progress=progress)
-    epochs = tuple(_fine_tune(model, task, recipe, progress)) if task and recipe.dkm.epochs else ()
-    hard = evaluate(model.eval(), task) if task else None
+    with together(world):
+        model = _load_model(recipe)
+        task = load_task(recipe.task) if recipe.task else None
+        _try_out(model, task, recipe)
+        standing = resume.standing(recipe) if resume else None
+    if any(other != standing for other in gather(standing, world)):
+        raise InvalidInput("not every process sees the same resume file: use a folder they share")
+    model.to(world.device)
+    tuning = standing if standing and standing.phase == "dkm" else None
+    mark = fingerprint(recipe) if resume else ""
+    run = Run(recipe, model, task, progress, world, resume, mark) if task else None
+
+    fp32 = tuning.fp32 if tuning else _train_float(run, standing) if run else None
+    sensitivity = _sensitivity(run) if run and not tuning else None
+    prepare(
+        model,
+        recipe.compression,
+        recipe.dkm,
+        seed=recipe.seed,
+        sensitivity=sensitivity,
+        progress=progress,
+    )
+    epochs = _fine_tune(run, fp32, tuning) if run and recipe.dkm.epochs else ()
+    model.eval()
+    hard = _evaluate(run) if run else None
+
     measured = {"fp32": fp32, "hard": hard}
     palettized = finalize(
         model,
@@ -124,66 +118,70 @@ def run_recipe(recipe: Recipe, progress: Progress) -> tuple[PalettizedModel, Met
 
 
 def evaluate(model: nn.Module, task: Task) -> float:
-    """The task's metric over the test split, with ``model`` in the mode that it is in."""
+    """The task's metric over the test split, with ``model`` in the mode and place that it is in."""
+    device = next(model.parameters()).device
     with torch.no_grad(), parametrize.cached():
-        results = [(model(*inputs), target) for inputs, target in batches_of(task, "test", _BATCH)]
+        results = [
+            (model(*(tensor.to(device) for tensor in inputs)).cpu(), target)
+            for inputs, target in batches_of(task, "test", _BATCH)
+        ]
     outputs, targets = zip(*results, strict=True)
     return metric_of(task, torch.cat(outputs), torch.cat(targets))
 
 
-def _fine_tune(model: nn.Module, task: Task, recipe: Recipe, progress: Progress) -> Iterator[Epoch]:
-    section = recipe.dkm
-    taus = [
-        section.tau * (section.tau_end / section.tau) ** (epoch / max(1, section.epochs - 1))
-        for epoch in range(section.epochs)
-    ]
-    set_temperature(model, taus[0])
-    for epoch, loss in enumerate(_train(model, task, section, recipe.seed, "dkm", progress)):
-        model.eval()
-        with soft_weights(model):
-            soft = evaluate(model, task)
-        hard = evaluate(model, task)
-        yield Epoch(
-            epoch=epoch + 1, tau=taus[epoch], loss=loss, soft=soft, hard=hard, gap=soft - hard
-        )
-        set_temperature(model, taus[min(epoch + 1, section.epochs - 1)])
+def _evaluate(run: Run) -> float:
+    with together(run.world):
+        return evaluate(run.model, run.task)
 
 
-def _train(
-    model: nn.Module, task: Task, section: TrainSection, seed: int, name: str, progress: Progress
-) -> Iterator[float]:
-    """Train, and yield after each epoch the mean loss of its batches."""
-    batches = -(-size_of(task, "train") // section.batch_size)
-    steps = max(1, batches * section.epochs)
-    optimizer = torch.optim.Adam(model.parameters(), lr=section.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    for epoch in range(section.epochs):
-        model.train()
-        total = 0.0
-        shuffle = seed * _SEEDS_PER_RUN + epoch
-        for batch, (inputs, target) in enumerate(
-            batches_of(task, "train", section.batch_size, seed=shuffle), 1
-        ):
-            loss = _loss(model, task, inputs, target)
-            if not torch.isfinite(loss):
-                raise InvalidInput(
-                    f"{name}: the loss is {loss.item()} in epoch {epoch + 1}: "
-                    "lower the learning rate"
+def _train_float(run: Run, standing: Standing | None) -> float:
+    """The first phase, if there is one; returns the metric of the float model."""
+    if run.recipe.train and run.recipe.train.epochs:
+        phase = begin(run, "fp32", run.recipe.train, standing)
+        for epoch in phase.remaining:
+            train_epoch(run, phase, epoch)
+            save(run, phase, epoch)
+    run.model.eval()
+    return _evaluate(run)
+
+
+def _sensitivity(run: Run) -> dict[str, Tensor] | None:
+    count, device = run.recipe.dkm.sensitivity_batches, run.world.device
+    if not count:
+        return None
+    batches = islice(
+        batches_of(run.task, "train", run.recipe.dkm.batch_size, run.recipe.seed), count
+    )
+    with together(run.world):
+        return measure_sensitivity(
+            run.model.eval(),
+            (
+                training_loss(
+                    run.model, run.task, tuple(x.to(device) for x in inputs), y.to(device)
                 )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-            status = f"{name} epoch {epoch + 1}/{section.epochs}, loss {total / batch:.4f}"
-            progress(status, min(epoch * batches + batch, steps), steps)
-        yield total / batch
+                for inputs, y in batches
+            ),
+        )
 
 
-def _loss(model: nn.Module, task: Task, inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
-    with user_code("the model in training"):
-        output = model(*inputs)
-    return loss_of(task, output, target)
+def _fine_tune(run: Run, fp32: float | None, standing: Standing | None) -> tuple[Epoch, ...]:
+    """The second phase, of the prepared model; returns what each epoch ended with."""
+    section = run.recipe.dkm
+    phase = begin(run, "dkm", section, standing)
+    epochs = standing.epochs if standing else ()
+    for epoch in phase.remaining:
+        fall = (epoch - 1) / max(1, section.epochs - 1)
+        tau = section.tau * (section.tau_end / section.tau) ** fall
+        set_temperature(run.model, tau)
+        loss = train_epoch(run, phase, epoch)
+        run.model.eval()
+        with soft_weights(run.model):
+            soft = _evaluate(run)
+        hard = _evaluate(run)
+        ended = Epoch(epoch=epoch, tau=tau, loss=loss, soft=soft, hard=hard, gap=soft - hard)
+        epochs = (*epochs, ended)
+        save(run, phase, epoch, fp32, epochs)
+    return epochs
 
 
 def _try_out(model: nn.Module, task: Task | None, recipe: Recipe) -> None:
@@ -195,7 +193,7 @@ def _try_out(model: nn.Module, task: Task | None, recipe: Recipe) -> None:
     for inputs, target in islice(fixed_batches(task, recipe.model), 1):
         output, *_ = run_reference(model, inputs, recipe.model)
         metric_of(task, output[: len(target)], target)
-        _loss(model, task, inputs, target)
+        training_loss(model, task, inputs, target)
 
 
 def _load_model(recipe: Recipe) -> nn.Module:

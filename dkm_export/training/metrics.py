@@ -1,0 +1,47 @@
+"""What a run measured: ``metrics.json``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import FiniteFloat
+
+from dkm_export.spec import Frozen
+
+
+class Epoch(Frozen):
+    """What one epoch of DKM fine-tuning ended with.
+
+    Attributes:
+        loss: mean over the epoch's batches.
+        soft: the task's metric with soft weights, as the training saw them.
+        hard: the metric with hard weights, as the artifact will have them.
+        gap: ``soft - hard``; when it stays large, ``tau_end`` is too high.
+    """
+
+    epoch: int
+    tau: FiniteFloat
+    loss: FiniteFloat
+    soft: FiniteFloat
+    hard: FiniteFloat
+    gap: FiniteFloat
+
+
+class Sizes(Frozen):
+    """Bytes of the weights: palettes (packed indices and float16 LUTs), the rest, and float32."""
+
+    palettes: int
+    dense: int
+    fp32: int
+
+
+class Metrics(Frozen):
+    """``metrics.json``. The metrics are None for a model without a task."""
+
+    schema_version: Literal[1] = 1
+    seed: int
+    metric: str | None
+    fp32: float | None
+    epochs: tuple[Epoch, ...]
+    hard: float | None
+    sizes: Sizes
