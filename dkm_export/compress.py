@@ -57,12 +57,12 @@ def prepare(
     attached: dict[str, DkmWeight] = {}
     for done, layer in enumerate(chosen, 1):
         module = model.get_submodule(_owner(layer.name))
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
         if layer.tied_to:
             dkm = attached[layer.tied_to]
             dkm.names.append(layer.name)
         else:
+            weight = module.weight
+            assert isinstance(weight, nn.Parameter)
             importance = None if sensitivity is None else sensitivity.get(layer.name)
             if importance is not None and importance.shape != weight.shape:
                 raise InvalidInput(
@@ -72,10 +72,11 @@ def prepare(
             settings = settings or DkmSettings()
             dkm = DkmWeight(weight.detach(), layer, spec, settings, seed, importance)
             attached[layer.name] = dkm
-        # unsafe: leaves out a consistency check, which would run one step of the clustering
-        parametrize.register_parametrization(module, "weight", dkm, unsafe=True)
+            weight.requires_grad_(weight.requires_grad and not dkm.frozen)
+        if not parametrize.is_parametrized(module, "weight"):  # one module can have two names
+            # unsafe: leaves out a consistency check, which would run one step of the clustering
+            parametrize.register_parametrization(module, "weight", dkm, unsafe=True)
         dkm.train(module.training)
-        weight.requires_grad_(weight.requires_grad and not dkm.frozen)
         progress(f"clustering {layer.name}", done, len(chosen))
     return layers
 

@@ -34,7 +34,10 @@ _BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold_batch_norm(
-    module: nn.Module, palettes: Mapping[str, Palette], inputs: tuple[Tensor, ...]
+    module: nn.Module,
+    palettes: Mapping[str, Palette],
+    inputs: tuple[Tensor, ...],
+    ties: Mapping[str, str] = {},
 ) -> dict[str, Palette]:
     """Fold every float32 batch norm of ``module``, in place, that directly follows a layer.
 
@@ -47,6 +50,7 @@ def fold_batch_norm(
         module: in eval mode.
         palettes: the palettes of its weights, by parameter name.
         inputs: example inputs of ``forward``.
+        ties: other names of these weights, each with its name in ``palettes``.
 
     Returns:
         ``palettes``, with ``scale`` set where a batch norm was folded in.
@@ -58,7 +62,7 @@ def fold_batch_norm(
     with torch.no_grad():
         for layer, norm in _pairs(module, inputs):
             scale = _absorb(module.get_submodule(layer), module.get_submodule(norm))
-            name = f"{layer}.weight"
+            name = ties.get(f"{layer}.weight", f"{layer}.weight")
             if name in folded:
                 folded[name] = replace(folded[name], scale=scale.numpy())
     return folded

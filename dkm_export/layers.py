@@ -89,10 +89,11 @@ def plan(model: nn.Module, spec: CompressionSpec) -> list[LayerPlan]:
         entry = plans[index]
         first = owners.setdefault(id(weight), entry)
         if first is not entry and (first.bits, entry.bits) != (None, None):
-            if (first.bits, first.layout) != (entry.bits, entry.layout):
+            same = (entry.bits, entry.layout, entry.freeze)
+            if (first.bits, first.layout, first.freeze) != same:
                 raise InvalidInput(
                     f"{first.name} and {name} are one tied weight: give both the same bits, dim, "
-                    "axis and groups, or skip both"
+                    "axis, groups and freeze, or skip both"
                 )
             plans[index] = replace(entry, tied_to=first.name)
         if entry.bits is not None and weight.dtype not in _DTYPES:

@@ -146,6 +146,11 @@ class PalettizedModel:
         if any(tensor.dtype in _HALF for tensor in module.state_dict().values()):
             module.float()
         load_state(module, self.state_dict(), f"the model of '{self.source.factory}'")
+        # A factory may leave it to the training to tie weights.
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        for name in self.ties.keys() & parameters.keys():
+            path, _, key = name.rpartition(".")
+            setattr(module.get_submodule(path), key, parameters[self.ties[name]])
         return module.eval().requires_grad_(False)
 
     def state_dict(self) -> dict[str, Tensor]:

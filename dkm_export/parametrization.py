@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from dkm_export.clustering import (
     Gradient,
@@ -110,7 +111,10 @@ class DkmWeight(nn.Module):
         if not self._start or self._start[0] != version:
             self._start = (version, self.centroids)
             self.steps += 1
-        soft = self._soft_weight(weight, self._start[1])
+        # Hidden from torch.utils.checkpoint, which would miss this when it runs the layer again
+        # in the backward pass and finds the soft weight there already.
+        with saved_tensors_hooks(_same, _same):
+            soft = self._soft_weight(weight, self._start[1])
         if soft.requires_grad:
             self._soft = (version, soft)
             soft.register_hook(self._used_up)
@@ -175,7 +179,7 @@ class DkmWeight(nn.Module):
             self.settings.iterations,
             self.settings.eps,
             self.settings.gradient,
-            part.reduce,
+            part.reduce if part.cut else None,
         )
         self.centroids = clusters.centroids
         return part.whole(part.layout.from_vectors(clusters.vectors))
@@ -192,9 +196,9 @@ class DkmWeight(nn.Module):
         self._soft = None
 
     def _require_finite(self, weight: Tensor, reduce: Reduce = lambda sums: sums) -> None:
-        ends = torch.stack(weight.detach().aminmax())
+        low, high = weight.detach().aminmax()
         # every process has to know of it, or the others would wait for this one
-        if bool(reduce((~ends.isfinite()).sum())):
+        if not bool(reduce((high - high) + (low - low)) == 0):
             raise InvalidInput(
                 f"{self.names[0]}: weights are not finite (step {int(self.steps)}): "
                 "the training has diverged, lower the learning rate"
@@ -207,6 +211,10 @@ def _vectors(weight: Tensor, layout: Layout) -> Tensor:
         weight = F.pad(weight, [0, 0] * trailing + [0, layout.padding])
     vectors: Tensor = layout.to_vectors(weight)
     return vectors
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _version(tensor: Tensor) -> object:

@@ -54,6 +54,11 @@ class Part:
             )
         self.layout = replace(layout, shape=tuple(self.local.shape))
 
+    @property
+    def cut(self) -> bool:
+        """Whether other processes hold other parts."""
+        return self._cut
+
     def reduce(self, sums: Tensor) -> Tensor:
         """``sums`` added up over all processes that hold a part."""
         if self._whole is not None and self._cut:

@@ -3,13 +3,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dkm_export.compress import finalize, prepare, set_temperature, soft_weights
+from dkm_export.compress import (
+    finalize,
+    freeze,
+    measure_sensitivity,
+    prepare,
+    set_temperature,
+    soft_weights,
+)
 from dkm_export.errors import InvalidInput
+from dkm_export.palette import Layout
 from dkm_export.palettized import InputSpec, ModelSource
 from dkm_export.parametrization import DkmSettings, DkmWeight
 from dkm_export.spec import CompressionSpec, LayerKind, LayerRule
+from dkm_export.training.recipe import Recipe
+from dkm_export.training.stage import run_recipe
 from tests.zoo import IMAGE, TOKENS, convolutions, tokens
 
 SOURCE = ModelSource(name="convolutions", factory="tests.zoo:convolutions", inputs=IMAGE)
@@ -141,6 +151,136 @@ def test_weights_that_no_palette_can_hold() -> None:
         finalize(huge, SOURCE)
     with pytest.raises(InvalidInput, match=r"0.weight: weights are not finite"):
         prepare(model(float("nan")), _spec(bits=4))
+
+
+def _train(model: nn.Module, steps: int = 2) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.train()(x).float().square().mean().backward()
+        optimizer.step()
+
+
+def _lines() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 32))
+
+
+@pytest.mark.parametrize("by_rule", [False, True])
+def test_frozen_layers_keep_their_palettes_and_the_others_train(by_rule: bool) -> None:
+    model = _lines()
+    rules = (LayerRule(bits=2), LayerRule(pattern="0.*", bits=2, freeze=by_rule))
+    prepare(model, CompressionSpec(rules=rules, small_layer_size=0))
+    if not by_rule:
+        with pytest.raises(InvalidInput, match=r"'1.\*' matches no layer, allowed: 0.weight, 2.we"):
+            freeze(model, "1.*")
+        freeze(model, "0.*")
+    before = finalize(model, SOURCE).palettes
+    hard = torch.from_numpy(before["0.weight"].dense())
+    model.train()
+    assert torch.equal(torch.as_tensor(model[0].weight), hard)
+    _train(model)
+    assert model.get_parameter("0.parametrizations.weight.original").grad is None
+    assert model[0].bias.grad is not None
+    after = finalize(model, SOURCE).palettes
+    assert before["0.weight"].difference(after["0.weight"]) is None
+    assert before["2.weight"].difference(after["2.weight"]) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype: torch.dtype) -> None:
+    model = _lines().to(dtype)
+    prepare(model, _spec(bits=3))
+    before = finalize(model, SOURCE).palettes
+    _train(model)
+    original = model.get_parameter("0.parametrizations.weight.original")
+    assert original.grad is not None
+    assert original.dtype == original.grad.dtype == model[0].weight.dtype == dtype
+    source = ModelSource(name="lines", factory="tests.test_compress:_lines", inputs=IMAGE)
+    palettized = finalize(model, source)
+    built = palettized.build()
+    for name, palette in palettized.palettes.items():
+        assert palette.difference(before[name]) is not None
+        assert torch.equal(built.get_parameter(name), torch.from_numpy(palette.dense()))
+        hard = model.eval()[int(name[0])].weight
+        assert torch.equal(hard, built.get_parameter(name).to(dtype))
+    assert built.get_parameter("0.bias").dtype == torch.float32
+
+
+def _clustered(weight: Tensor, layout: Layout, start: Tensor, tau: Tensor, steps: int) -> Tensor:
+    """DKM with plain operators, in float64: what autograd differentiates is not ours."""
+    trailing = weight.dim() - 1 - layout.axis
+    padded = nn.functional.pad(weight, [0, 0] * trailing + [0, layout.padding])
+    w, c = layout.to_vectors(padded), start
+    for _ in range(steps):
+        a = torch.softmax(-(w[:, :, None] - c[:, None]).square().sum(-1) / tau, -1)
+        c = (a.transpose(1, 2) @ w) / a.sum(1)[..., None]
+    weight = layout.from_vectors(a @ c)
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("layer", "rule"),
+    [
+        (nn.Linear(32, 48), LayerRule(bits=2, groups=3)),
+        (nn.Linear(32, 48), LayerRule(bits=2, dim=4, groups=3)),
+        (nn.Linear(33, 48), LayerRule(bits=2, dim=4, axis=1)),
+        (nn.Linear(33, 48), LayerRule(bits=3, dim=2, axis=1, groups=4)),
+        (nn.Conv2d(10, 16, 3), LayerRule(bits=2, dim=4, axis=1)),
+        (nn.Conv2d(7, 15, 3), LayerRule(bits=2, dim=4)),
+    ],
+)
+def test_the_gradient_of_every_layout_is_autograd_s(layer: nn.Module, rule: LayerRule) -> None:
+    settings = DkmSettings(tau=1.0, iterations=3, eps=0)
+    prepare(layer, CompressionSpec(rules=(rule,), small_layer_size=0), settings)
+    (dkm,) = (part for part in layer.modules() if isinstance(part, DkmWeight))
+    original = layer.get_parameter("parametrizations.weight.original")
+    plain = original.detach().double().requires_grad_()
+    expected = _clustered(plain, dkm.layout, dkm.centroids.double(), dkm.tau, 3)
+    soft = layer.train().weight
+    assert isinstance(soft, Tensor)
+    cotangent = torch.randn(soft.shape, generator=torch.Generator().manual_seed(0))
+    soft.backward(cotangent)
+    expected.backward(cotangent.double())
+    torch.testing.assert_close(soft.double(), expected, rtol=1e-5, atol=1e-5)
+    assert original.grad is not None
+    assert plain.grad is not None
+    torch.testing.assert_close(original.grad.double(), plain.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_sensitivity_is_the_mean_squared_gradient() -> None:
+    model = nn.Linear(32, 32, bias=False)
+    inputs, targets = torch.randn(2, 3, 5, 32, generator=torch.Generator().manual_seed(0))
+    pairs = list(zip(inputs, targets, strict=True))
+    found = measure_sensitivity(model, (((model(x) - y) ** 2).mean() for x, y in pairs))
+    with torch.no_grad():
+        gradients = [2 * (model(x) - y).T @ x / y.numel() for x, y in pairs]
+    torch.testing.assert_close(found["weight"], torch.stack(gradients).square().mean(0))
+    assert model.weight.grad is None
+    with pytest.raises(InvalidInput, match="at least one batch"):
+        measure_sensitivity(model, ())
+    with pytest.raises(InvalidInput, match=r"of weight is \[32\], the weight \[32, 32\]"):
+        prepare(model, _spec(bits=2), sensitivity={"weight": torch.ones(32)})
+
+
+def test_a_recipe_measures_sensitivity() -> None:
+    recipe = {
+        "task": "dkm_models.digits:Digits",
+        "model": {
+            "name": "mlp",
+            "factory": "tests.test_distributed:Mlp",
+            "inputs": [{"name": "image", "shape": [1, 1, 8, 8]}],
+        },
+        "compression": {"rules": [{"bits": 2}], "small_layer_size": 0},
+    }
+    centroids = []
+    for batches in (0, 2):
+        dkm = {"epochs": 0, "sensitivity_batches": batches}
+        model, _ = run_recipe(Recipe.model_validate(recipe | {"dkm": dkm}), lambda *_: None)
+        centroids.append(model.palettes["hidden.weight"].lut)
+    assert not np.array_equal(centroids[0], centroids[1])
 
 
 def test_nothing_to_palettize_is_an_error() -> None:

@@ -53,6 +53,23 @@ class Tokens(nn.Module):
         return y
 
 
+class Tied(nn.Module):
+    """An embedding whose weight is the head's too, and a layer that has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(96, 48)
+        self.hidden = nn.Linear(48, 48)
+        self.again = self.hidden
+        self.head = nn.Linear(48, 96, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = torch.tanh(self.hidden(self.embedding(tokens)))
+        y: Tensor = self.head(torch.tanh(self.again(x)))
+        return y
+
+
 class Arithmetic(nn.Module):
     """A layer between operators that take numbers, such as hand-written activations."""
 
@@ -95,6 +112,18 @@ def arithmetic() -> nn.Module:
 
 def tokens() -> nn.Module:
     return lively(Tokens())
+
+
+def tied() -> nn.Module:
+    return lively(Tied())
+
+
+def untied() -> nn.Module:
+    """`tied` before its weights are: how a factory that leaves that to the training makes it."""
+    module = Tied()
+    module.head = nn.Linear(48, 96, bias=False)
+    module.again = nn.Linear(48, 48)
+    return lively(module)
 
 
 def palettize(

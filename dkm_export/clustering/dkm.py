@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dkm_export.clustering.few import FewWeights
+from dkm_export.clustering.frame import UNATTENDED, Frame, full_precision
 from dkm_export.clustering.scalars import ScalarPoints
 from dkm_export.clustering.vectors import VectorPoints
 
@@ -32,9 +34,6 @@ it, IDKM-JFB."""
 
 Reduce = Callable[[Tensor], Tensor]
 """Adds up a small tensor over all processes that hold a part of the weights."""
-
-_UNATTENDED = 1e-30
-"""A centroid with less attention than this stays where it is."""
 
 
 class Clusters(NamedTuple):
@@ -53,12 +52,11 @@ class Clusters(NamedTuple):
 class Points(Protocol):
     """The weights of one group, and every sum over them that DKM needs.
 
-    Centroids are float64 ``[k, dim]``, sums float64. Both count from ``origin`` in steps of
-    ``unit``, in which attention is the same, and values around 0 and 1 round and overflow least.
+    Centroids are float64 ``[k, dim]``, sums float64, both in a `Frame`.
     """
 
-    def __init__(self, vectors: Tensor, origin: Tensor, unit: float, tau: float) -> None:
-        """Take ``[n, dim]`` weights, float64 ``[dim]``, a power of two, and ``tau / unit^2``."""
+    def __init__(self, vectors: Tensor, frame: Frame) -> None:
+        """Take the weights, ``[n, dim]``."""
 
     def sums(self, centroids: Tensor) -> Tensor:
         """``[k, dim + 1]``: ``sum_i a_ij w_i`` and ``sum_i a_ij``."""
@@ -72,7 +70,9 @@ class Points(Protocol):
     def pull_values(self, gradient: Tensor) -> Tensor:
         """Gradient ``[k, dim]`` with respect to the values of `soften`, from that of its result."""
 
-    def pull(self, centroids: Tensor, step: Tensor | None, output: bool, keep: bool) -> Tensor:
+    def pull(
+        self, centroids: Tensor, step: Tensor | None, *, output: bool, keep: bool, onward: bool
+    ) -> Tensor:
         """Gradient ``[k, dim]`` with respect to ``centroids``, through their attention.
 
         Args:
@@ -80,6 +80,7 @@ class Points(Protocol):
             step: ``[k, dim + 1]``, the gradient with respect to `sums`, or None.
             output: whether to add the path through the attention of `soften`.
             keep: whether to keep what flows to the weights for `weight_gradient`.
+            onward: whether the result is wanted; it is 0 otherwise.
         """
 
     def weight_gradient(self, out: Tensor) -> None:
@@ -95,14 +96,6 @@ class Points(Protocol):
         """Take them back."""
 
 
-class _Group(NamedTuple):
-    """One group's way: centroids ``C_0 .. C_T`` and the attention mass of each iteration."""
-
-    points: Points
-    path: list[Tensor]
-    masses: list[Tensor]
-
-
 def soft_cluster(
     vectors: Tensor,
     centroids: Tensor,
@@ -110,7 +103,7 @@ def soft_cluster(
     iterations: int,
     eps: float = 0.0,
     gradient: Gradient = "unrolled",
-    reduce: Reduce = lambda sums: sums,
+    reduce: Reduce | None = None,
 ) -> Clusters:
     """Run DKM until the centroids move by at most ``eps``, and soften the weights.
 
@@ -126,7 +119,8 @@ def soft_cluster(
         eps: largest movement of any centroid that counts as converged, relative to the standard
             deviation of the group's centroids.
         gradient: see `Gradient`.
-        reduce: see `Reduce`; all processes call it equally often, with equal shapes.
+        reduce: see `Reduce`; all processes call it equally often, with equal shapes. None when
+            this process has all weights.
     """
     options = (iterations, eps, gradient, reduce)
     soft, moved = _SoftCluster.apply(vectors, centroids, tau, options)  # type: ignore[no-untyped-call]
@@ -140,26 +134,35 @@ class _SoftCluster(torch.autograd.Function):
         vectors: Tensor,
         centroids: Tensor,
         tau: Tensor,
-        options: tuple[int, float, Gradient, Reduce],
+        options: tuple[int, float, Gradient, Reduce | None],
     ) -> tuple[Tensor, Tensor]:
-        iterations, eps, ctx.gradient, ctx.reduce = options
+        iterations, eps, gradient, reduce = options
         count, n, dim = vectors.shape
+        few = reduce is None and gradient == "unrolled"
+        few = few and FewWeights.fit(n, dim, centroids.shape[1], iterations)
         soft = vectors.new_empty(count, dim, n)
         moved = torch.empty_like(centroids)
-        kind: type[Points] = ScalarPoints if dim == 1 else VectorPoints
         ctx.groups, kept = [], []
-        with torch.autocast(vectors.device.type, enabled=False):
+        with full_precision(vectors.device):
             for index, temperature in enumerate(tau.flatten().tolist()):
                 start = centroids[index].double()
                 if dim == 1:
                     start = start.sort(0).values
                 # the median, which no far centroid takes away from where most weights are
                 origin, unit = start.median(0).values, _unit(start)
-                points = kind(vectors[index], origin, unit, temperature / unit**2)
-                group = _iterate(points, (start - origin) / unit, iterations, eps, ctx.reduce)
-                points.soften(group.path[-2], group.path[-1], soft[index])
-                moved[index] = group.path[-1] * unit + origin
-                tensors = points.detach()
+                start = (start - origin) / unit
+                limit = eps * start.std(correction=0).item()
+                frame = Frame(origin, unit, temperature / unit**2)
+                group: FewWeights | _ManyWeights
+                if few:
+                    group = FewWeights(vectors[index], frame, start, iterations, limit)
+                else:
+                    group = _ManyWeights(
+                        vectors[index], frame, start, iterations, limit, gradient, reduce or _alone
+                    )
+                group.soften(soft[index])
+                moved[index] = group.moved * unit + origin
+                tensors = group.detach()
                 ctx.groups.append((group, len(tensors)))
                 kept += tensors
         ctx.save_for_backward(*kept)
@@ -172,14 +175,17 @@ class _SoftCluster(torch.autograd.Function):
         count, n, dim = cotangent.shape
         result = cotangent.new_empty(count, dim, n)
         kept = list(ctx.saved_tensors)
-        with torch.autocast(cotangent.device.type, enabled=False):
+        with full_precision(cotangent.device):
             for index, (group, size) in enumerate(ctx.groups):
-                group.points.attach(kept[:size])
+                group.attach(kept[:size])
                 del kept[:size]
-                _backward(group, cotangent[index], ctx.gradient, ctx.reduce)
-                group.points.weight_gradient(result[index])
-                group.points.detach()
+                group.weight_gradient(cotangent[index], result[index])
+                group.detach()
         return result.transpose(1, 2), None, None, None
+
+
+def _alone(sums: Tensor) -> Tensor:
+    return sums
 
 
 def _unit(centroids: Tensor) -> float:
@@ -188,67 +194,110 @@ def _unit(centroids: Tensor) -> float:
     return 2.0 ** max(-100, min(100, round(math.log2(deviation)))) if deviation else 1.0
 
 
-def _iterate(points: Points, start: Tensor, iterations: int, eps: float, reduce: Reduce) -> _Group:
-    path, masses = [start], []
-    limit = eps * start.std(correction=0)
-    for _ in range(iterations):
-        sums = reduce(points.sums(path[-1]))
-        mass = sums[:, -1:]
-        attended = mass > _UNATTENDED
-        # an infinite mass takes the unattended out of every later quotient
-        masses.append(torch.where(attended, mass, torch.inf))
-        path.append(torch.where(attended, sums[:, :-1] / mass, path[-1]))
-        if eps and (path[-1] - path[-2]).abs().max() <= limit:
-            break
-    return _Group(points, path, masses)
+class _ManyWeights:
+    """The weights of one group, in passes that keep nothing of their attention.
 
+    Attributes:
+        points: the weights.
+        path: centroids ``C_0 .. C_T``.
+        masses: float64 ``[k, 1]`` of each iteration: the attention that each centroid got;
+            infinite, which takes it out of every quotient, for one that got none and stayed.
+        all_moved: of each iteration, whether none stayed.
+    """
 
-def _backward(group: _Group, cotangent: Tensor, gradient: Gradient, reduce: Reduce) -> None:
-    points, path, masses = group
-    flowing = reduce(points.pull_values(cotangent))
-    if gradient == "unrolled":
-        for t in reversed(range(len(masses))):
-            step = _sums_cotangent(flowing, path[t + 1], masses[t])
-            output = t == len(masses) - 1
-            stayed = torch.where(masses[t].isinf(), flowing, 0.0)
-            flowing = reduce(points.pull(path[t], step, output, keep=True)) + stayed
-        return
-    before, after, mass = path[-2], path[-1], masses[-1]
-    flowing = flowing + reduce(points.pull(before, None, output=True, keep=True))
-    if gradient == "implicit":
-        # products with vectors are no more exact than the vectors
-        tolerance = 0.1 * math.sqrt(torch.finfo(cotangent.dtype).eps)
-        flowing = _solve(group, flowing, reduce, tolerance)
-    # Of the last pull only what flows to the weights is wanted, so there is nothing to reduce.
-    points.pull(before, _sums_cotangent(flowing, after, mass), output=False, keep=True)
+    def __init__(
+        self,
+        vectors: Tensor,
+        frame: Frame,
+        start: Tensor,
+        iterations: int,
+        limit: float,
+        gradient: Gradient,
+        reduce: Reduce,
+    ) -> None:
+        kind: type[Points] = ScalarPoints if vectors.shape[1] == 1 else VectorPoints
+        points = kind(vectors, frame)
+        self.points, self.gradient, self.reduce = points, gradient, reduce
+        self.path: list[Tensor] = [start]
+        self.masses: list[Tensor] = []
+        self.all_moved: list[bool] = []
+        for _ in range(iterations):
+            before = self.path[-1]
+            sums = reduce(points.sums(before))
+            mass, moved = sums[:, -1:], sums[:, :-1] / sums[:, -1:]
+            self.all_moved.append(mass.amin().item() > UNATTENDED)
+            if not self.all_moved[-1]:
+                moved = torch.where(mass > UNATTENDED, moved, before)
+                mass = torch.where(mass > UNATTENDED, mass, torch.inf)
+            self.path.append(moved)
+            self.masses.append(mass)
+            if limit and (moved - before).abs().amax() <= limit:
+                break
+        self.moved = self.path[-1]
+
+    def soften(self, out: Tensor) -> None:
+        """Write the soft weights to ``out [dim, n]``."""
+        self.points.soften(self.path[-2], self.moved, out)
+
+    def weight_gradient(self, cotangent: Tensor, out: Tensor) -> None:
+        """Write the gradient with respect to the weights to ``out [dim, n]``."""
+        points, path, masses = self.points, self.path, self.masses
+        flowing = self.reduce(points.pull_values(cotangent))
+        if self.gradient == "unrolled":
+            for t in reversed(range(len(masses))):
+                step, last = _sums_cotangent(flowing, path[t + 1], masses[t]), t == len(masses) - 1
+                pulled = points.pull(path[t], step, output=last, keep=True, onward=t > 0)
+                if t:
+                    pulled = self.reduce(pulled)
+                    # what stayed passes its gradient on as it is
+                    stayed = torch.where(masses[t].isinf(), flowing, 0.0)
+                    flowing = pulled if self.all_moved[t] else pulled + stayed
+        else:
+            through = points.pull(path[-2], None, output=True, keep=True, onward=True)
+            flowing = flowing + self.reduce(through)
+            if self.gradient == "implicit":
+                # products with vectors are no more exact than the vectors
+                tolerance = 0.1 * math.sqrt(torch.finfo(cotangent.dtype).eps)
+                flowing = self._solve(flowing, tolerance)
+            step = _sums_cotangent(flowing, path[-1], masses[-1])
+            points.pull(path[-2], step, output=False, keep=True, onward=False)
+        points.weight_gradient(out)
+
+    def detach(self) -> list[Tensor]:
+        """Hand over all large tensors, for autograd to keep."""
+        return self.points.detach()
+
+    def attach(self, tensors: list[Tensor]) -> None:
+        """Take them back."""
+        self.points.attach(tensors)
+
+    def _solve(self, flowing: Tensor, tolerance: float) -> Tensor:
+        """The gradient at the fixed point: ``z = flowing + J^T z``, ``J`` an iteration's Jacobian.
+
+        Scalars have a ``k x k`` Jacobian to solve with. Vectors take GMRES, which needs products
+        only.
+        """
+        before, after, mass = self.path[-2], self.path[-1], self.masses[-1]
+        partial = self.points.jacobian(before, after)
+        if partial is not None:
+            jacobian = self.reduce(partial) / mass
+            identity = torch.eye(len(jacobian), dtype=jacobian.dtype, device=jacobian.device)
+            solution: Tensor = torch.linalg.solve(identity - jacobian.T, flowing)
+            return solution
+
+        def remainder(z: Tensor) -> Tensor:
+            z = z.view_as(flowing)
+            step = _sums_cotangent(z, after, mass)
+            pulled = self.points.pull(before, step, output=False, keep=False, onward=True)
+            return (z - self.reduce(pulled)).flatten()
+
+        return gmres(remainder, flowing.flatten(), tolerance).view_as(flowing)
 
 
 def _sums_cotangent(flowing: Tensor, moved: Tensor, mass: Tensor) -> Tensor:
     """Gradient with respect to `Points.sums` from that of their quotient ``moved``."""
     means = flowing / mass
     return torch.cat([means, -(means * moved).sum(1, keepdim=True)], 1)
-
-
-def _solve(group: _Group, flowing: Tensor, reduce: Reduce, tolerance: float) -> Tensor:
-    """``z = flowing + J^T z``, the gradient at the fixed point; ``J`` is one iteration's Jacobian.
-
-    Scalars have a ``k x k`` Jacobian to solve with. Vectors take GMRES, which needs products only.
-    """
-    points, path, masses = group
-    before, after, mass = path[-2], path[-1], masses[-1]
-    partial = points.jacobian(before, after)
-    if partial is not None:
-        jacobian = reduce(partial) / mass
-        identity = torch.eye(len(jacobian), dtype=jacobian.dtype, device=jacobian.device)
-        solution: Tensor = torch.linalg.solve(identity - jacobian.T, flowing)
-        return solution
-
-    def residual_of(z: Tensor) -> Tensor:
-        z = z.view_as(flowing)
-        step = _sums_cotangent(z, after, mass)
-        return (z - reduce(points.pull(before, step, output=False, keep=False))).flatten()
-
-    return gmres(residual_of, flowing.flatten(), tolerance).view_as(flowing)
 
 
 def gmres(

@@ -6,13 +6,12 @@ weights are spread over those.
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from dkm_export.clustering.frame import Frame
 from dkm_export.clustering.spread import spread_over
 
 _TILE = 1 << 16
@@ -32,26 +31,30 @@ class ScalarPoints:
     its band; the others are left out, which at a low temperature are nearly all.
     """
 
-    def __init__(self, vectors: Tensor, origin: Tensor, unit: float, tau: float) -> None:
-        self.origin, self.unit = origin, unit
-        self.spread = spread_over(vectors.flatten(), origin.item(), unit)
-        farthest = max(self.spread.values.abs().amax().item(), 1e-100)
-        # Logits are multiples of eps times the largest: beyond this, of more than 1.
-        self.scale = min(2 / tau, 1 / (sys.float_info.epsilon * farthest**2))
-        self.centroids = self.targets = origin.new_empty(0)
+    def __init__(self, vectors: Tensor, frame: Frame) -> None:
+        self.frame = frame
+        self.spread = spread_over(vectors.flatten(), frame.origin.item(), frame.unit)
+        values = self.spread.values
+        self.scale = frame.scale(values.abs().amax().item(), values.dtype)
+        self.centroids = self.targets = values.new_empty(0)
         # per value: the soft weight, its derivative, the cotangent, and what the sums pass on
         self.soft = self.slope = self.gathered = self.influence = self.centroids
         self.gradient = vectors.new_empty(0)
+        self.single: tuple[Tensor, Tensor, Tensor] | None = None
 
     def sums(self, centroids: Tensor) -> Tensor:
+        c = centroids[:, 0]
         while True:
             x, mass = self.spread.values, self.spread.mass
             rows = torch.stack([mass * x, mass], 1)
-            c = centroids[:, 0]
+            total = centroids.new_zeros(len(c), 2)
+            if self.spread.exact:
+                for where, band, attention in self._tiles(centroids):
+                    total[band] += attention @ rows[where]
+                return total
             features = torch.stack([c, c.square()])
             moments = x.new_empty(2, len(x))
-            total = centroids.new_zeros(len(c), 2)
-            for where, band, attention in self._tiles(c):
+            for where, band, attention in self._tiles(centroids):
                 total[band] += attention @ rows[where]
                 torch.mm(features[:, band], attention, out=moments[:, where])
             mean, square = moments
@@ -61,14 +64,14 @@ class ScalarPoints:
 
     def soften(self, centroids: Tensor, values: Tensor, out: Tensor) -> None:
         c, v = centroids[:, 0], values[:, 0]
-        self.centroids, self.targets = c, v
+        self.centroids, self.targets = centroids, v
         features = torch.stack([v, v * c, c])
         moments = c.new_empty(3, len(self.spread.values))
-        for where, band, attention in self._tiles(c):
+        for where, band, attention in self._tiles(centroids):
             torch.mm(features[:, band], attention, out=moments[:, where])
         self.soft, product, mean = moments
         self.slope = self.scale * (product - self.soft * mean)
-        self.spread.look_up(self.soft * self.unit + self.origin, out[0])
+        self.spread.look_up(self.soft * self.frame.unit + self.frame.origin, out[0])
 
     def pull_values(self, gradient: Tensor) -> Tensor:
         self.gradient = gradient[:, 0]
@@ -79,7 +82,9 @@ class ScalarPoints:
             total[band] += attention @ self.gathered[where]
         return total[:, None]
 
-    def pull(self, centroids: Tensor, step: Tensor | None, output: bool, keep: bool) -> Tensor:
+    def pull(
+        self, centroids: Tensor, step: Tensor | None, *, output: bool, keep: bool, onward: bool
+    ) -> Tensor:
         # With u_j, o_j = step, the loss depends on the logits l_ij of this attention as
         #   d loss / d l_ij = a_ij [m_i (x_i u_j + o_j - r_i) + g_i (v_j - f_i)]
         # where r_i and f_i are the attention's means of x_i u_j + o_j and of v_j. Multiplied out,
@@ -87,21 +92,24 @@ class ScalarPoints:
         x, mass, c = self.spread.values, self.spread.mass, centroids[:, 0]
         none = torch.zeros_like(c)
         u, o = (none, none) if step is None else step.T
-        gathered = self.gathered if output else torch.zeros_like(x)
-        v = self.targets if output else none
-        features = torch.stack([u, o, u * c, o * c, c])
-        total = c.new_zeros(len(c), 7)
+        v, gathered = (self.targets, self.gathered) if output else (none, torch.zeros_like(x))
         soft = self.soft if output else gathered
-        for where, band, attention in self._tiles(c):
-            xs, ms, gs = x[where], mass[where], gathered[where]
+        features = torch.stack([u, o, u * c, o * c, c])
+        mx = mass * x
+        rows = torch.stack([mx * x, mx, mass, mx, mass, gathered * x, gathered])
+        total = c.new_zeros(len(c), 7)
+        for where, band, attention in self._tiles(centroids):
+            xs = x[where]
             mean_u, mean_o, mean_uc, mean_oc, mean_c = features[:, band] @ attention
-            r = xs * mean_u + mean_o
+            r = torch.addcmul(mean_o, xs, mean_u)
             if keep:
-                through_logits = xs * mean_uc + mean_oc - r * mean_c
-                self.influence[where] += mean_u + self.scale * through_logits
-            mx, taken = ms * xs, ms * r + gs * soft[where]
-            rows = torch.stack([mx * xs, mx, ms, taken * xs, taken, gs * xs, gs], 1)
-            total[band] += attention @ rows
+                through_logits = torch.addcmul(mean_oc, xs, mean_uc).addcmul_(r, mean_c, value=-1)
+                self.influence[where] += mean_u.add_(through_logits, alpha=self.scale)
+            if onward:
+                taken = torch.mul(mass[where], r, out=rows[4, where])
+                taken.addcmul_(gathered[where], soft[where])
+                torch.mul(taken, xs, out=rows[3, where])
+                total[band] += attention @ rows[:, where].T
         mxx, mx, m, rx, r, gx, g = total.T
         by_position = u * mxx + o * mx - rx + v * gx
         by_logit = u * mx + o * m - r + v * g
@@ -119,7 +127,7 @@ class ScalarPoints:
         x, mass, c, m = self.spread.values, self.spread.mass, centroids[:, 0], moved[:, 0]
         total = c.new_zeros(len(c), len(c))
         diagonal = total.diagonal()
-        for where, band, attention in self._tiles(c):
+        for where, band, attention in self._tiles(centroids):
             ahead = attention * (x[where] - m[band, None]) * mass[where]
             aside = x[where] - c[band, None]
             diagonal[band] += (ahead * aside).sum(1)
@@ -129,42 +137,46 @@ class ScalarPoints:
 
     def detach(self) -> list[Tensor]:
         self.gathered = self.influence = self.spread.values.new_empty(0)
+        self.single = None
         self.gradient = self.gradient.new_empty(0)
         return self.spread.detach()
 
     def attach(self, tensors: list[Tensor]) -> None:
         self.spread.attach(tensors)
 
-    def _tiles(self, c: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _tiles(self, centroids: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """Tiles: which values, which centroids, and the attention ``[band, tile]``.
 
-        The attention of one tile is overwritten by the next.
+        That of a single tile is kept for another pass with the same centroids.
         """
-        x = self.spread.values
+        x, c = self.spread.values, centroids[:, 0]
+        if self.single and self.single[0] is centroids and self.single[1] is x:
+            yield slice(0, len(x)), slice(0, len(c)), self.single[2]
+            return
         tile = _TILE if x.device.type == "cpu" else _TILE_GPU
-        cuts, bands = self._cut(c, max(1, tile // len(c)))
-        widest = sum(high - low for low, high in bands) / len(bands)
-        if widest < len(c) / 4:
-            cuts, bands = self._cut(c, max(1, int(tile / widest / 2)))
-        factor = torch.stack([c * self.scale, c.square() * (-self.scale / 2)], 1) * math.log2(
-            math.e
-        )
+        cuts = self._cut(max(1, tile // len(c)))
+        bands = [(0, len(c))] * (len(cuts) - 1)
+        if len(bands) > 1:
+            bands = self._bands(c, cuts)
+            average = sum(high - low for low, high in bands) / len(bands)
+            if average < len(c) / 4:
+                cuts = self._cut(max(1, int(tile / average / 2)))
+                bands = self._bands(c, cuts)
+        factor = torch.stack([c * self.scale, c.square() * (-self.scale / 2)], 1)
         ones = torch.stack([x, torch.ones_like(x)])
         for start, stop, (low, high) in zip(cuts[:-1], cuts[1:], bands, strict=True):
-            attention = factor[low:high] @ ones[:, start:stop]
-            attention -= attention.amax(0)
-            attention.exp2_()
-            attention /= attention.sum(0)
+            attention = torch.softmax(factor[low:high] @ ones[:, start:stop], 0)
             yield slice(start, stop), slice(low, high), attention
+        self.single = (centroids, x, attention) if len(bands) == 1 else None
 
-    def _cut(self, c: Tensor, size: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tiles of about ``size`` values: where they start and end, and their bands."""
+    def _cut(self, size: int) -> list[int]:
+        """Where tiles of about ``size`` values start, and where the last one ends."""
         cuts = [0]
         for end in self.spread.parts:
-            length = end - cuts[-1]
+            length, start = end - cuts[-1], cuts[-1]
             pieces = -(-length // size)
-            cuts += [cuts[-1] + length * i // pieces for i in range(1, pieces + 1)]
-        return cuts, self._bands(c, cuts)
+            cuts += [start + length * i // pieces for i in range(1, pieces + 1)]
+        return cuts
 
     def _bands(self, c: Tensor, cuts: list[int]) -> list[tuple[int, int]]:
         """The centroids that each tile of values attends to, as ranges.

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FEW = 1 << 14
+_FEW = 1 << 13
 """Up to this many weights are faster on their own than on a grid."""
 
 _CELLS, _MOST_CELLS = 1 << 12, 1 << 18
@@ -40,11 +40,13 @@ class Spread(Protocol):
         values: float64 ``[m]``, ascending within each part.
         mass: float64 ``[m]``: how many weights each value stands for.
         parts: where each part of ``values`` ends.
+        exact: whether the weights are nothing but these values, with nothing to `refine`.
     """
 
     values: Tensor
     mass: Tensor
     parts: list[int]
+    exact: bool
 
     def collect(self, weights: Tensor) -> Tensor:
         """Sums at the values, float64 ``[m]``, of something per weight ``[n]``."""
@@ -92,6 +94,8 @@ def spread_over(weights: Tensor, origin: float, unit: float) -> Spread:
 class _Each:
     """Every weight is a value."""
 
+    exact = True
+
     def __init__(self, weights: Tensor, origin: float, unit: float) -> None:
         self.values, self.order = ((weights.double() - origin) / unit).sort()
         self.mass = torch.ones_like(self.values)
@@ -117,6 +121,8 @@ class _Each:
 
 class _Codes:
     """The 16-bit codes that occur are the values."""
+
+    exact = True
 
     def __init__(self, weights: Tensor, origin: float, unit: float) -> None:
         codes = weights.view(torch.int16).to(torch.int32) & 0xFFFF
@@ -163,6 +169,7 @@ class _Grid:
         occupied: bool ``[cells]``, cells between two of them.
     """
 
+    exact = False
     cell: Tensor
     place: Tensor
     alone: Tensor
@@ -211,7 +218,7 @@ class _Grid:
         worst = need.amax().item()
         if self.built and worst <= 1:
             return False
-        most = min(_MOST_CELLS, len(self.weights) // 8)
+        most = min(_MOST_CELLS, len(self.weights) // 4)
         if self.built and self.cells >= most:
             coarse = (need[None] > 1).float()
             self.apart[:-1] |= F.max_pool1d(coarse, 2 * _MARGIN + 1, 1, _MARGIN)[0] > 0

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_TILE = 1 << 18
-"""Elements of a tile of the attention table: two tiles of float32 fit a core's 1 MiB of L2."""
+from dkm_export.clustering.frame import Frame
+
+_TILE = 1 << 19
+"""Elements of a tile of the attention table: 2 MiB of float32, which a core's caches hold."""
 
 _TILE_GPU = 1 << 24
 """A GPU wants few large kernels: 64 MiB."""
@@ -29,27 +31,26 @@ class VectorPoints:
     to neither overflow nor vanish, and saves a search for the row's maximum in every pass.
     """
 
-    def __init__(self, vectors: Tensor, origin: Tensor, unit: float, tau: float) -> None:
+    def __init__(self, vectors: Tensor, frame: Frame) -> None:
         n, self.dim = vectors.shape
-        self.origin, self.unit = origin, unit
+        self.frame = frame
         dtype = torch.promote_types(vectors.dtype, torch.float32)
         self.rows = vectors.new_empty(self.dim + 2, n, dtype=dtype)
-        offsets = torch.sub(vectors.t(), origin.to(dtype)[:, None], out=self.rows[: self.dim])
-        offsets *= 1 / unit
+        offsets = torch.sub(vectors.t(), frame.origin.to(dtype)[:, None], out=self.rows[: self.dim])
+        offsets *= 1 / frame.unit
         self.rows[self.dim] = 1
         low, high = (end.item() for end in offsets.aminmax())
-        self.farthest = max(-low, high, 1e-100)
-        # Logits are multiples of eps times the largest: beyond this, of more than 1.
-        self.scale = min(2 / tau, 1 / (torch.finfo(dtype).eps * self.farthest**2))
+        self.farthest = max(-low, high)
+        self.scale = frame.scale(self.farthest, dtype)
         self.shifted: Tensor | None = None
-        self.centroids = self.values = origin.new_empty(0)
-        self.gradient = self.kept = self.rows.new_empty(0)
+        self.single: tuple[Tensor, Tensor] | None = None
+        self.centroids = self.values = frame.origin.new_empty(0)
+        self.gradient = self.kept = self.shifts = self.rows.new_empty(0)
 
     def sums(self, centroids: Tensor) -> Tensor:
-        factor = self._factor(centroids)
-        ones = factor.new_ones(factor.shape[1])
+        ones = self.rows.new_ones(len(centroids))
         total = centroids.new_zeros(self.dim + 1, len(centroids))
-        for tile, attention in self._tiles(factor):
+        for tile, attention in self._tiles(centroids):
             mass = attention @ ones
             total += (tile[:-1] * mass.reciprocal()) @ attention
             tile[-1] += mass.log2()
@@ -58,11 +59,12 @@ class VectorPoints:
 
     def soften(self, centroids: Tensor, values: Tensor, out: Tensor) -> None:
         self.centroids, self.values = centroids, values
-        factor = self._factor(centroids)
-        columns = torch.cat([(values * self.unit + self.origin).T, values.new_ones(1, len(values))])
-        columns = columns.to(factor.dtype)
+        columns = torch.cat(
+            [(values * self.frame.unit + self.frame.origin).T, values.new_ones(1, len(values))]
+        )
+        columns = columns.to(self.rows.dtype)
         parts = out.split(self._size(len(centroids)), 1)
-        for part, (_, attention) in zip(parts, self._tiles(factor), strict=True):
+        for part, (_, attention) in zip(parts, self._tiles(centroids), strict=True):
             means = columns @ attention.t()
             part.copy_(means[:-1].mul_(means[-1].reciprocal_()))
 
@@ -71,29 +73,30 @@ class VectorPoints:
         total = self.centroids.new_zeros(self.dim, len(self.centroids))
         parts = self.gradient.split(self._size(len(self.centroids)), 1)
         # The shifts are those of this very attention, whose mass is therefore 1.
-        tiles = self._tiles(self._factor(self.centroids))
-        for part, (_, attention) in zip(parts, tiles, strict=True):
+        for part, (_, attention) in zip(parts, self._tiles(self.centroids), strict=True):
             total += part @ attention
         return total.T
 
-    def pull(self, centroids: Tensor, step: Tensor | None, output: bool, keep: bool) -> Tensor:
+    def pull(
+        self, centroids: Tensor, step: Tensor | None, *, output: bool, keep: bool, onward: bool
+    ) -> Tensor:
         # The loss, as far as it depends on this attention, is linear in it:
         # sum_i left_i . (A right)_i, with what multiplies the sums and what multiplies the output.
-        dim, factor = self.dim, self._factor(centroids)
+        dim, dtype = self.dim, self.rows.dtype
         rights = [] if step is None else [step.T]
         rights += [self.values.T] if output else []
         rights.append(centroids.new_ones(1, len(centroids)))
-        right = torch.cat(rights).to(factor.dtype)
+        right = torch.cat(rights).to(dtype)
         ahead = 0 if step is None else dim + 1
-        size = self._size(len(centroids))
-        lefts = factor.new_empty(len(right), size)
-        product = factor.new_empty(size, len(centroids))
-        back = (self.scale * centroids.T).to(factor.dtype)
+        size = min(self._size(len(centroids)), self.rows.shape[1])
+        lefts = self.rows.new_empty(len(right), size)
+        product = self.rows.new_empty(size, len(centroids))
+        back = (self.scale * centroids.T).to(dtype)
         total = centroids.new_zeros(dim + 1, len(centroids))
         if keep and not len(self.kept):
             self.kept = torch.zeros_like(self.rows[:dim])
         start = 0
-        for tile, attention in self._tiles(factor):
+        for tile, attention in self._tiles(centroids):
             stop = start + tile.shape[1]
             left, weighted = lefts[:, : stop - start], product[: stop - start]
             means = right @ attention.t()
@@ -105,7 +108,8 @@ class VectorPoints:
                 torch.mul(self.gradient[:, start:stop], share, out=left[ahead:-1])
             torch.sum(left[:-1] * means[:-1], 0, out=left[-1]).neg_()
             torch.mm(left.t(), right, out=weighted).mul_(attention)
-            total += tile[:-1] @ weighted
+            if onward:
+                total += tile[:-1] @ weighted
             if keep:
                 kept = self.kept[:, start:stop].addmm_(back, weighted.t())
                 if step is not None:
@@ -123,11 +127,16 @@ class VectorPoints:
 
     def detach(self) -> list[Tensor]:
         tensors = [self.rows]
-        self.rows = self.gradient = self.rows.new_empty(0)
+        if len(self.shifts):
+            self.rows[-1] = self.shifts
+        self.rows = self.gradient = self.shifts = self.rows.new_empty(0)
+        self.single = None
         return tensors
 
     def attach(self, tensors: list[Tensor]) -> None:
-        (self.rows,) = tensors
+        # A backward pass may change the shifts, as long as it restores them for another one.
+        self.rows = tensors[0].data
+        self.shifts, self.shifted = self.rows[-1].clone(), self.centroids
 
     def _size(self, k: int) -> int:
         """Vectors in a tile."""
@@ -136,10 +145,13 @@ class VectorPoints:
     def _factor(self, centroids: Tensor) -> Tensor:
         """The right factor of the logits, ``[dim + 2, k]``, for which the shifts are made fit."""
         scale = self.scale * math.log2(math.e)
-        bias = -scale / 2 * centroids.square().sum(1)
-        factor = torch.cat([scale * centroids.T, bias[None], -torch.ones_like(bias)[None]])
-        factor = factor.to(self.rows.dtype)
-        if self.shifted is not None:
+        bias = (centroids * centroids).sum(1, keepdim=True) * (-scale / 2)
+        columns = [centroids * scale, bias, torch.full_like(bias, -1)]
+        factor = torch.cat(columns, 1).to(self.rows.dtype).t()
+        if self.shifted is centroids:
+            return factor
+        # for a single tile, the check takes longer than the work that it saves
+        if self.shifted is not None and self.rows.shape[1] > self._size(len(centroids)):
             moved = (centroids - self.shifted).abs().sum(1).amax()
             turned = (centroids.square() - self.shifted.square()).sum(1).abs().amax() / 2
             if scale * (self.farthest * moved + turned) <= _DRIFT:
@@ -148,15 +160,20 @@ class VectorPoints:
         self.shifted = centroids
         return factor
 
-    def _tiles(self, factor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _tiles(self, centroids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Tiles of ``rows`` and their attention ``[tile, k]``, not yet divided by its mass.
 
-        The attention of one tile is overwritten by the next.
+        The attention of one tile is overwritten by the next; that of a single tile is kept for
+        another pass with the same centroids.
         """
-        size = self._size(factor.shape[1])
-        buffer = factor.new_empty(size, factor.shape[1])
+        if self.single and self.single[0] is centroids:
+            yield self.rows, self.single[1]
+            return
+        factor, size = self._factor(centroids), self._size(len(centroids))
+        buffer = self.rows.new_empty(min(size, self.rows.shape[1]), len(centroids))
         for tile in self.rows.split(size, 1):
             yield tile, torch.mm(tile.t(), factor, out=buffer[: tile.shape[1]]).exp2_()
+        self.single = (centroids, buffer) if self.rows.shape[1] <= size else None
 
     def _shift(self, factor: Tensor) -> None:
         """Make every row's shift its largest logit."""

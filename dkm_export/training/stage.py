@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
@@ -146,22 +147,20 @@ def _train_float(run: Run, standing: Standing | None) -> float:
 
 
 def _sensitivity(run: Run) -> dict[str, Tensor] | None:
-    count, device = run.recipe.dkm.sensitivity_batches, run.world.device
-    if not count:
+    """What `prepare` takes as such; every rank measures all of it."""
+    section, device = run.recipe.dkm, run.world.device
+    if not section.sensitivity_batches:
         return None
-    batches = islice(
-        batches_of(run.task, "train", run.recipe.dkm.batch_size, run.recipe.seed), count
-    )
+    batches = batches_of(run.task, "train", section.batch_size, run.recipe.seed)
+
+    def losses() -> Iterator[Tensor]:
+        for inputs, target in islice(batches, section.sensitivity_batches):
+            moved = tuple(tensor.to(device) for tensor in inputs)
+            yield training_loss(run.model, run.task, moved, target.to(device))
+
+    run.model.eval()
     with together(run.world):
-        return measure_sensitivity(
-            run.model.eval(),
-            (
-                training_loss(
-                    run.model, run.task, tuple(x.to(device) for x in inputs), y.to(device)
-                )
-                for inputs, y in batches
-            ),
-        )
+        return measure_sensitivity(run.model, losses())
 
 
 def _fine_tune(run: Run, fp32: float | None, standing: Standing | None) -> tuple[Epoch, ...]:

@@ -53,7 +53,7 @@ def convert(
         InvalidInput: when the model returns another number of outputs than its source names.
     """
     program = _trace(model.source, module)
-    parameters = _constants(program, model.palettes)
+    parameters = _constants(program, model)
     palettes = {name: model.palettes[parameter] for name, parameter in parameters.items()}
     try:
         _convert(program, model.source, palettes, path, precision)
@@ -135,15 +135,16 @@ def _gelu(x: Tensor, *, approximate: str = "none") -> Any:
 _DECOMPOSITIONS: Final = {torch.ops.aten.gelu.default: _gelu}
 
 
-def _constants(program: ExportedProgram, palettes: Mapping[str, Palette]) -> dict[str, str]:
-    """Parameter by name of its constant, which is the name of its placeholder in the graph."""
+def _constants(program: ExportedProgram, model: PalettizedModel) -> dict[str, str]:
+    """Palettized parameter by name of its constant, which is that of its placeholder."""
     used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    owners = {**{name: name for name in model.palettes}, **model.ties}
     constants = {
-        constant: parameter
+        constant: owners[parameter]
         for constant, parameter in program.graph_signature.inputs_to_parameters.items()
-        if parameter in palettes and constant in used
+        if parameter in owners and constant in used
     }
-    unused = sorted(palettes.keys() - set(constants.values()))
+    unused = sorted(model.palettes.keys() - set(constants.values()))
     if unused:
         raise Unsupported(
             f"coreml: {unused[0]}: the model does not use this weight directly: "

@@ -36,7 +36,7 @@ class ExecuTorchExporter(Exporter[NoOptions]):
         from dkm_exporters.executorch.lowering import lower
 
         path = folder / f"{model.source.name}{self.suffix}"
-        path.write_bytes(lower(module, model.palettes, model.source))
+        path.write_bytes(lower(module, model))
         return path
 
     def read_palettes(self, artifact: Path) -> dict[str, Palette]:

@@ -94,12 +94,16 @@ def _slice(tensor: Tensor, start: int, end: int, axis: int = 0) -> Tensor:
     return tensor if whole else torch.slice_copy(tensor, axis, start, end)
 
 
-def attach(module: nn.Module, palettes: Mapping[str, Palette]) -> None:
-    """Replace the palettized weights of ``module``, in place, by their decode."""
-    for name, palette in palettes.items():
-        owner, _, weight = name.rpartition(".")
-        layer = module.get_submodule(owner)
-        parametrize.register_parametrization(layer, weight, Decode(palette), unsafe=True)
+def attach(module: nn.Module, palettes: Mapping[str, Palette], ties: Mapping[str, str]) -> None:
+    """Replace the palettized weights of ``module``, in place, by their decode.
+
+    Tied ones have a decode each, whose equal constants ExecuTorch stores once.
+    """
+    for name, palette in {**palettes, **{n: palettes[owner] for n, owner in ties.items()}}.items():
+        path, _, weight = name.rpartition(".")
+        layer = module.get_submodule(path)
+        if not parametrize.is_parametrized(layer, weight):  # one module can have two names
+            parametrize.register_parametrization(layer, weight, Decode(palette), unsafe=True)
 
 
 class DecodeTensors(NamedTuple):

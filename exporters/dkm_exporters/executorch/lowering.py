@@ -15,15 +15,14 @@ from torch.export import ExportedProgram
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.folding import fold_batch_norm
-from dkm_export.palette import Palette
-from dkm_export.palettized import ModelSource
+from dkm_export.palettized import ModelSource, PalettizedModel
 from dkm_exporters.executorch.decode import attach, decode_tensors
 from dkm_exporters.executorch.header import INPUTS_METHOD, PALETTES_METHOD, Header
 
 _EMBEDDING = torch.ops.aten.embedding.default
 
 
-def lower(module: nn.Module, palettes: Mapping[str, Palette], source: ModelSource) -> bytes:
+def lower(module: nn.Module, model: PalettizedModel) -> bytes:
     """Lower ``module``, which is changed, to a program without delegates.
 
     Raises:
@@ -32,17 +31,18 @@ def lower(module: nn.Module, palettes: Mapping[str, Palette], source: ModelSourc
         InvalidInput: when the model returns another number of outputs than its source names.
     """
     _check_layers(module)
+    source, palettes = model.source, model.palettes
     inputs = source.example_inputs()
-    folded = fold_batch_norm(module, palettes, inputs)
+    folded = fold_batch_norm(module, palettes, inputs, model.ties)
     with _explained("torch.export"):
-        attach(module, folded)
+        attach(module, folded, model.ties)
         program = torch.export.export(module, inputs)
         # A layer that only looks at its weight leaves a decode that would not reach the program.
         program.graph.eliminate_dead_code()
     _check_outputs(program, source)
     header = Header(
         layers={name: PaletteEntry.of(palette) for name, palette in palettes.items()},
-        decodes=_decodes(program, palettes),
+        decodes=_decodes(program, model),
     )
     with _explained("ExecuTorch"):
         edge = to_edge(
@@ -53,7 +53,7 @@ def lower(module: nn.Module, palettes: Mapping[str, Palette], source: ModelSourc
             },
         )
         lowered = edge.to_executorch()
-    _check_decoded(lowered.exported_program(), header)
+    _check_decoded(lowered.exported_program(), header, model.ties)
     _check_operators(lowered.executorch_program)
     return bytes(lowered.buffer)
 
@@ -89,24 +89,27 @@ def _check_outputs(program: ExportedProgram, source: ModelSource) -> None:
         )
 
 
-def _decodes(program: ExportedProgram, palettes: Mapping[str, Palette]) -> tuple[str, ...]:
+def _decodes(program: ExportedProgram, model: PalettizedModel) -> tuple[str, ...]:
     """The parameter of each lookup in a LUT, in the order of the graph."""
     buffers = program.graph_signature.inputs_to_buffers
-    luts = {decode_tensors(name).lut: name for name in palettes}
+    luts = {decode_tensors(name).lut: name for name in model.palettes}
+    luts |= {decode_tensors(name).lut: owner for name, owner in model.ties.items()}
     lookups = [node for node in program.graph.nodes if node.target is _EMBEDDING]
     # The table of a lookup is the LUT as float32: one conversion after the placeholder.
     sources = [source for node in lookups for source in node.args[0].all_input_nodes]
-    owners = [buffers.get(source.name) for source in sources]
-    return tuple(luts[owner] for owner in owners if owner in luts)
+    looked_up = [buffers.get(source.name) for source in sources]
+    return tuple(luts[buffer] for buffer in looked_up if buffer in luts)
 
 
-def _check_decoded(program: ExportedProgram, header: Header) -> None:
+def _check_decoded(program: ExportedProgram, header: Header, ties: Mapping[str, str]) -> None:
     """The final graph takes every LUT and all indices: no pass has folded them."""
     signature = program.graph_signature
     owners = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     taken = {owners.get(node.name) for node in program.graph.nodes if node.users}
     for name in header.layers:
-        if name not in header.decodes or not taken.issuperset(decode_tensors(name)):
+        names = [name, *(tie for tie, owner in ties.items() if owner == name)]
+        decoded = any(taken.issuperset(decode_tensors(alias)) for alias in names)
+        if name not in header.decodes or not decoded:
             raise Unsupported(
                 f"executorch: the program does not use the palette of {name}: "
                 "add a rule with skip = true for it"

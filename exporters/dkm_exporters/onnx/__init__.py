@@ -39,9 +39,9 @@ class OnnxExporter(Exporter[NoOptions]):
         from dkm_exporters.onnx.tracing import trace
 
         inputs = model.source.example_inputs()
-        palettes = fold_batch_norm(module, model.palettes, inputs)
+        palettes = fold_batch_norm(module, model.palettes, inputs, model.ties)
         graph = trace(module, inputs, model.source)
-        insert_decoders(graph, palettes)
+        insert_decoders(graph, palettes, model.ties)
         path = folder / f"{model.source.name}{self.suffix}"
         write_artifact(graph, palettes, path)
         return path

@@ -25,8 +25,15 @@ from dkm_export.fields import Field, fields, pack_fields
 from dkm_export.palette import Layout, Palette, packed_size
 
 
-def insert_decoders(model: ir.Model, palettes: Mapping[str, Palette]) -> None:
+def insert_decoders(
+    model: ir.Model, palettes: Mapping[str, Palette], ties: Mapping[str, str] = {}
+) -> None:
     """Replace the initializer of every palette by a subgraph that decodes it, in place.
+
+    Args:
+        model: in which a weight may have any of its names.
+        palettes: by parameter name.
+        ties: other names of these parameters, each with its name in ``palettes``.
 
     Raises:
         Unsupported: for a palette whose weight is not in the graph.
@@ -34,13 +41,16 @@ def insert_decoders(model: ir.Model, palettes: Mapping[str, Palette]) -> None:
     graph = model.graph
     decoder = _Decoder(graph)
     for name, palette in palettes.items():
-        dense = graph.initializers.pop(name, None)
-        if dense is None:
+        names = [name, *(tie for tie, owner in ties.items() if owner == name)]
+        dense = [graph.initializers.pop(n) for n in names if n in graph.initializers]
+        if not dense:
             raise Unsupported(
                 f"onnx: {name} is not used by the model: "
                 "remove the layer or add a rule with skip = true for it"
             )
-        dense.replace_all_uses_with(decoder.decode(name, palette))
+        weight = decoder.decode(name, palette)
+        for value in dense:
+            value.replace_all_uses_with(weight)
     # The sort is stable and places nodes late: each decoder right before its weight's first use.
     graph.sort()
 
