@@ -45,7 +45,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
     Logits are differences of large products, of which bfloat16 or TF32 leave nothing.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    )
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
