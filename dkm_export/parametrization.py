@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,7 +13,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dkm_export.clustering import (
     Gradient,
-    Reduce,
     assign,
     inertia,
     initial_centroids,
@@ -21,7 +21,7 @@ from dkm_export.clustering import (
 from dkm_export.errors import InvalidInput
 from dkm_export.layers import LayerPlan
 from dkm_export.palette import Layout, Palette
-from dkm_export.sharding import Part, full, local
+from dkm_export.sharding import Part, full, version
 from dkm_export.spec import CompressionSpec, Frozen
 
 _LARGEST_FLOAT16 = 65504.0
@@ -89,7 +89,7 @@ class DkmWeight(nn.Module):
         self._soft: tuple[object, Tensor] | None = None
         self._hard: tuple[object, Tensor] | None = None
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=weight.device))
-        self._require_finite(weight)
+        self._state(weight, Part(layer.name, weight, layer.layout))
         if sensitivity is not None:
             sensitivity = _vectors(sensitivity.to(weight.device), self.layout).sum(-1)
         vectors = _vectors(weight, self.layout)
@@ -105,18 +105,19 @@ class DkmWeight(nn.Module):
         """The weight as the layer sees it; same shape and dtype."""
         if self.frozen or not self.training:
             return self._hard_weight(weight)
-        version = _version(weight)
-        if torch.is_grad_enabled() and self._soft and self._soft[0] == version:
+        part = Part(self.names[0], weight, self.layout)
+        state = self._state(weight, part)
+        if torch.is_grad_enabled() and self._soft and self._soft[0] == state:
             return self._soft[1]
-        if not self._start or self._start[0] != version:
-            self._start = (version, self.centroids)
+        if not self._start or self._start[0] != state:
+            self._start = (state, self.centroids)
             self.steps += 1
         # Hidden from torch.utils.checkpoint, which would miss this when it runs the layer again
         # in the backward pass and finds the soft weight there already.
         with saved_tensors_hooks(_same, _same):
-            soft = self._soft_weight(weight, self._start[1])
+            soft = self._soft_weight(part, self._start[1])
         if soft.requires_grad:
-            self._soft = (version, soft)
+            self._soft = (state, soft)
             soft.register_hook(self._used_up)
         return soft
 
@@ -133,7 +134,7 @@ class DkmWeight(nn.Module):
                 f"{float(self.centroids.abs().max()):g}): scale the layer down or skip it"
             )
         weight = full(weight.detach())
-        self._require_finite(weight)
+        self._state(weight, Part(self.names[0], weight, self.layout))
         lut = self.centroids.half()
         vectors = _vectors(weight, self.layout).to(self.centroids.dtype)
         indices = assign(vectors, lut.to(vectors.dtype))
@@ -169,9 +170,7 @@ class DkmWeight(nn.Module):
         # What is kept for a step belongs to an autograd graph, which cannot be copied.
         return {**self.__dict__, "_start": None, "_soft": None, "_hard": None}
 
-    def _soft_weight(self, weight: Tensor, start: Tensor) -> Tensor:
-        part = Part(self.names[0], weight, self.layout)
-        self._require_finite(part.local, part.reduce)
+    def _soft_weight(self, part: Part, start: Tensor) -> Tensor:
         clusters = soft_cluster(
             _vectors(part.local, part.layout),
             start,
@@ -185,24 +184,33 @@ class DkmWeight(nn.Module):
         return part.whole(part.layout.from_vectors(clusters.vectors))
 
     def _hard_weight(self, weight: Tensor) -> Tensor:
-        version = (_version(weight), _version(self.centroids))
-        if not self._hard or self._hard[0] != version:
+        part = Part(self.names[0], weight, self.layout)
+        state = (self._state(weight, part), version(self.centroids))
+        if not self._hard or self._hard[0] != state:
             dense = torch.from_numpy(self.palette(weight).dense())
-            self._hard = (version, dense.to(weight.device, weight.dtype))
+            self._hard = (state, dense.to(weight.device, weight.dtype))
         return self._hard[1]
 
     def _used_up(self, gradient: Tensor) -> None:
         """A backward pass has begun, after which the soft weight's graph is gone."""
         self._soft = None
 
-    def _require_finite(self, weight: Tensor, reduce: Reduce = lambda sums: sums) -> None:
-        low, high = weight.detach().aminmax()
-        # every process has to know of it, or the others would wait for this one
-        if not bool(reduce((high - high) + (low - low)) == 0):
+    def _state(self, weight: Tensor, part: Part) -> object:
+        """What tells one state of the weight from the next, on all processes alike.
+
+        Version counters do not: FSDP2 and optimizers of DTensors change weights behind them.
+
+        Raises:
+            InvalidInput: when the weight is not finite.
+        """
+        norm = torch.linalg.vector_norm(part.local.detach(), dtype=torch.float64)
+        square = part.reduce(norm.square()).item()
+        if not math.isfinite(square):
             raise InvalidInput(
-                f"{self.names[0]}: weights are not finite (step {int(self.steps)}): "
+                f"{self.names[0]}: weights are not finite (step {int(self.steps) + 1}): "
                 "the training has diverged, lower the learning rate"
             )
+        return square, version(weight)
 
 
 def _vectors(weight: Tensor, layout: Layout) -> Tensor:
@@ -215,9 +223,3 @@ def _vectors(weight: Tensor, layout: Layout) -> Tensor:
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _version(tensor: Tensor) -> object:
-    """Changes when the optimizer, `load_state_dict` or an assignment changes ``tensor``."""
-    own = local(tensor)
-    return own.data_ptr(), own._version

@@ -81,9 +81,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, like: DTensor) -> Tensor:
         ctx.mesh, ctx.placements = like.device_mesh, like.placements
-        return DTensor.from_local(
-            part.contiguous(), ctx.mesh, ctx.placements, shape=like.shape, stride=like.stride()
-        ).full_tensor()
+        parts = DTensor.from_local(
+            part.detach().contiguous(),
+            ctx.mesh,
+            ctx.placements,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+        return parts.full_tensor()
 
     @staticmethod
     @once_differentiable
@@ -130,8 +135,14 @@ def load(tensor: Tensor, whole: Tensor) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of ``tensor``, with the version counter of what changes in place."""
+    """This process's part of ``tensor``, itself and no copy."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def version(tensor: Tensor) -> object:
+    """Changes with most changes of ``tensor``, see `DkmWeight`."""
+    part = local(tensor)
+    return part.data_ptr(), part._version
 
 
 def _fits(layout: Layout, axis: int, size: int) -> bool:

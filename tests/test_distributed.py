@@ -120,6 +120,35 @@ def train(recipe: str, resume: str) -> None:
             require_equal({"layer.other": torch.tensor(world.rank)}, world)
 
 
+class Stop(Exception):
+    """What a process cuts its run off with."""
+
+
+def train_in_two_goes(recipe: str, resume: str) -> None:
+    """Run in each process of `test_sharded_weights_train_as_whole_ones_do`."""
+
+    def progress(status: str, done: int, total: int) -> None:
+        if status.startswith("dkm epoch 2"):
+            raise Stop
+
+    file = ResumeFile(Path(resume))
+    with processes() as world:
+        # The leader alone shows progress, but every process is told of it.
+        with pytest.raises(Stop):
+            run_recipe(load_recipe(Path(recipe)), progress, world=world, resume=file)
+        run_recipe(load_recipe(Path(recipe)), _ignore, world=world, resume=file)
+
+
+def _assert_same_model(actual: Path, expected: Path) -> None:
+    """Resume files of two runs, one of which may be of several processes."""
+    ours, theirs = load_file(actual), load_file(expected)
+    assert ours.keys() == theirs.keys()
+    assert sum(name.endswith(".centroids") for name in ours) == 2
+    for name in theirs:
+        if name.startswith("model."):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5, msg=name)
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
@@ -127,12 +156,19 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     call = "import sys; from tests.test_distributed import train; train(*sys.argv[1:])"
     assert _ranks("-c", call, recipe, two.path) == [(0, ""), (0, "")]
     run_recipe(load_recipe(recipe), _ignore, resume=one)
-    expected, actual = load_file(one.path), load_file(two.path)
-    assert actual.keys() == expected.keys()
-    assert sum(name.endswith(".centroids") for name in actual) == 2
-    for name in expected:
-        if name.startswith("model."):
-            torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-5, msg=name)
+    _assert_same_model(two.path, one.path)
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_as_whole_ones_do(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    recipe.write_text(recipe.read_text().replace("[dkm]", "[dkm]\nshard = true"))
+    two, one = (ResumeFile(tmp_path / f"{name}.resume.safetensors") for name in ("two", "one"))
+    module = "tests.test_distributed"
+    call = f"import sys; from {module} import train_in_two_goes as go; go(*sys.argv[1:])"
+    assert _ranks("-c", call, recipe, two.path) == [(0, ""), (0, "")]
+    run_recipe(load_recipe(recipe), _ignore, resume=one)
+    _assert_same_model(two.path, one.path)
 
 
 @pytest.mark.slow

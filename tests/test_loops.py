@@ -192,6 +192,7 @@ def _kept(iterations: int, n: int, dim: int) -> int:
 
 @pytest.mark.parametrize(("n", "dim"), [(9_000, 1), (40_000, 1), (10_000, 4)])
 def test_memory_does_not_grow_with_iterations(n: int, dim: int) -> None:
-    short, long = (_kept(iterations, n, dim) for iterations in (3, 30))
+    # up to 8 iterations, few weights are clustered in another way (few.py)
+    short, long = (_kept(iterations, n, dim) for iterations in (9, 30))
     assert short > 4 * n * dim
-    assert long - short < 4 * n * dim  # 27 iterations more, and not one number per weight
+    assert long - short < 4 * n * dim  # 21 iterations more, and not one number per weight
