@@ -141,7 +141,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
 
     The weights become DTensors, cut between their vectors, and only sums of ``k (dim + 1)`` numbers
     per iteration are exchanged. Where a weight cannot be cut, every process keeps all of it. Make
-    the optimizer afterwards.
+    the optimizer afterwards, and call the model on every process, in eval mode too.
 
     Args:
         model: prepared, the same on every process.

@@ -54,8 +54,9 @@ class DkmSettings(Frozen):
 class DkmWeight(nn.Module):
     """Parametrization of a weight: soft clusters in training, hard ones in eval mode.
 
-    A step is what happens between two changes of the weight. Every forward pass of a step sees the
-    same soft weight, which is computed once for those that are followed by one backward pass.
+    A step is what happens between two changes of the weight. Every forward pass of a step starts
+    from the same centroids and so sees the same soft weight. A tied weight is clustered once for
+    all of its layers, until a backward pass.
 
     Attributes:
         names: of the parameters that are this weight: more than one where it is tied.
@@ -107,11 +108,14 @@ class DkmWeight(nn.Module):
             return self._hard_weight(weight)
         part = Part(self.names[0], weight, self.layout)
         state = self._state(weight, part)
-        if torch.is_grad_enabled() and self._soft and self._soft[0] == state:
+        tied = len(self.names) > 1
+        if tied and torch.is_grad_enabled() and self._soft and self._soft[0] == state:
             return self._soft[1]
         if not self._start or self._start[0] != state:
             self._start = (state, self.centroids)
             self.steps += 1
+        if not tied:
+            return self._soft_weight(part, self._start[1])
         # Hidden from torch.utils.checkpoint, which would miss this when it runs the layer again
         # in the backward pass and finds the soft weight there already.
         with saved_tensors_hooks(_same, _same):
@@ -185,7 +189,8 @@ class DkmWeight(nn.Module):
 
     def _hard_weight(self, weight: Tensor) -> Tensor:
         part = Part(self.names[0], weight, self.layout)
-        state = (self._state(weight, part), version(self.centroids))
+        centroids = (self.centroids.data_ptr(), version(self.centroids))
+        state = (self._state(weight, part), centroids)
         if not self._hard or self._hard[0] != state:
             dense = torch.from_numpy(self.palette(weight).dense())
             self._hard = (state, dense.to(weight.device, weight.dtype))

@@ -141,8 +141,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def version(tensor: Tensor) -> object:
     """Changes with most changes of ``tensor``, see `DkmWeight`."""
-    part = local(tensor)
-    return part.data_ptr(), part._version
+    return local(tensor)._version
 
 
 def _fits(layout: Layout, axis: int, size: int) -> bool:

@@ -196,3 +196,18 @@ def test_memory_does_not_grow_with_iterations(n: int, dim: int) -> None:
     short, long = (_kept(iterations, n, dim) for iterations in (9, 30))
     assert short > 4 * n * dim
     assert long - short < 4 * n * dim  # 21 iterations more, and not one number per weight
+
+
+def test_two_forward_passes_before_two_backward_passes() -> None:
+    """As with any layer, each loss has a graph of its own."""
+    model, x = nn.Linear(32, 32), torch.randn(4, 32)
+    prepare(model, CompressionSpec(rules=(LayerRule(bits=2),), small_layer_size=0))
+    model.train()
+    first, second = model(x).square().sum(), model(2 * x).square().sum()
+    first.backward()
+    second.backward()
+    latent = model.get_parameter("parametrizations.weight.original")
+    assert latent.grad is not None
+    separate, latent.grad = latent.grad, None
+    (model(x).square().sum() + model(2 * x).square().sum()).backward()
+    torch.testing.assert_close(latent.grad, separate)

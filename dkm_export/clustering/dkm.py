@@ -107,7 +107,8 @@ def soft_cluster(
 ) -> Clusters:
     """Run DKM until the centroids move by at most ``eps``, and soften the weights.
 
-    Memory does not depend on ``iterations``. Works the same under autocast; float16 and bfloat16
+    Memory does not depend on ``iterations``, but for a few MB while the gradient of few weights is
+    computed. Works the same under autocast; float16 and bfloat16
     weights are clustered in float32 or wider.
 
     Args:
