@@ -223,8 +223,8 @@ class _Grid:
             coarse = (need[None] > 1).float()
             self.apart[:-1] |= F.max_pool1d(coarse, 2 * _MARGIN + 1, 1, _MARGIN)[0] > 0
         else:
-            finer = 2 ** max(0, math.ceil(math.log2(max(worst, 1))))
-            self.cells = max(_CELLS, min(self.cells * finer, most))
+            # a little more, for centroids that move
+            self.cells = max(_CELLS, math.ceil(min(1.1 * worst * self.cells, most)))
             self.apart = torch.zeros(self.cells + 1, dtype=torch.bool, device=need.device)
         self._build()
         return True
