@@ -173,3 +173,26 @@ def test_training_needs_a_task() -> None:
 def test_overrides_reach_the_recipe() -> None:
     recipe: Recipe = load_recipe(RECIPES / "digits.toml", ["dkm.tau=0.25", "seed=7"])
     assert (recipe.dkm.tau, recipe.seed) == (0.25, 7)
+
+
+@pytest.mark.parametrize("factory", ["torch.nn:Linear", "tests.zoo:HalfLine"])
+def test_the_plan_predicts_the_bytes(tmp_path: Path, factory: str) -> None:
+    (tmp_path / "recipe.toml").write_text(
+        f"""
+        [model]
+        name = "line"
+        factory = "{factory}"
+        arguments = {{ in_features = 64, out_features = 64 }}
+        inputs = [{{ name = "x", shape = [1, 64] }}]
+        [dkm]
+        epochs = 0
+        [compression]
+        small_layer_size = 0
+        rules = [{{ bits = 4 }}]
+        """
+    )
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    layers, rest = plan_recipe(recipe)
+    _, metrics = run_recipe(recipe, _ignore)
+    assert sum(layer.nbytes for layer in layers) == metrics.sizes.palettes
+    assert rest == metrics.sizes.dense

@@ -83,6 +83,16 @@ class Arithmetic(nn.Module):
         return z
 
 
+class HalfLine(nn.Linear):
+    """A bfloat16 layer that takes and gives float32."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).float()
+
+
 def lively(module: nn.Module, seed: int = 0) -> nn.Module:
     """Give ``module`` weights and batch norm statistics that outputs depend on visibly."""
     generator = torch.Generator().manual_seed(seed)

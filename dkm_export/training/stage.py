@@ -41,8 +41,13 @@ def plan_recipe(recipe: Recipe) -> tuple[list[LayerPlan], int]:
     """What `run_recipe` would do to each layer, and the bytes of everything else in the model."""
     model = _load_model(recipe)
     layers = plan(model, recipe.compression)
-    whole = sum(tensor.nbytes for tensor in model.state_dict().values())
-    return layers, whole - sum(4 * layer.layout.size for layer in layers)
+    planned = {layer.name for layer in layers}
+    rest = (tensor for name, tensor in model.state_dict().items() if name not in planned)
+    # half-precision tensors are stored as float32
+    return layers, sum(
+        tensor.numel() * max(4 * tensor.is_floating_point(), tensor.element_size())
+        for tensor in rest
+    )
 
 
 def run_recipe(
