@@ -40,8 +40,8 @@ Forward, cross-entropy, backward and a step of SGD with momentum, on random imag
 default initialisation. `ours` is the model after `dkm_export.prepare`, `coremltools` after its
 DKMPalettizer, each with its own defaults for everything but bits and dim. The two differ there:
 ours gives layers below 10,000 weights 8 bits at dim 1 and clusters at a relative temperature,
-coremltools leaves layers up to 2,048 weights dense. Both run at most 3 iterations, and stop when the
-centroids hardly move: coremltools below 1e-4, ours below 1e-4 of their standard deviation.
+coremltools leaves layers up to 2,048 weights dense. Both run at most 3 iterations, and stop when
+the centroids hardly move: coremltools below 1e-4, ours below 1e-4 of their standard deviation.
 
 Every number comes from fresh processes that take turns, with denormals flushed to zero. A first
 step initialises; memory is the peak of the second, over what was in use before the first; times are
