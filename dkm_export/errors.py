@@ -19,6 +19,10 @@ class ExitCode(IntEnum):
     UNSUPPORTED = 4
 
 
+class DkmWarning(UserWarning):
+    """What a user should know though the work goes on; one line, like an error."""
+
+
 class DkmError(Exception):
     """Base of all errors that dkm-export raises on purpose."""
 

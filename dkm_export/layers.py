@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from dkm_export.errors import InvalidInput
-from dkm_export.palette import Layout, packed_size
+from dkm_export.palette import Layout, lut_size, packed_size
 from dkm_export.spec import CompressionSpec, LayerKind
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -144,4 +144,4 @@ def _plan_layer(
 
 
 def _palette_bytes(layout: Layout, bits: int) -> int:
-    return packed_size(layout.vectors, bits) + 2 * layout.groups * layout.dim * (1 << bits)
+    return packed_size(layout.vectors, bits) + lut_size(layout, bits)

@@ -95,7 +95,7 @@ class Contents(Frozen):
         return cls(
             name=model.source.name,
             factory=model.source.factory,
-            task=model.source.task,
+            task=model.source.task.factory if model.source.task else None,
             metrics=dict(model.metrics),
             fp32_bytes=model.fp32_bytes,
             palette_bytes=sum(palette.nbytes for palette in model.palettes.values()),

@@ -125,6 +125,11 @@ def packed_size(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
+def lut_size(layout: Layout, bits: int) -> int:
+    """Bytes that the float16 LUTs take."""
+    return 2 * layout.groups * layout.dim * (1 << bits)
+
+
 @dataclass(frozen=True, eq=False)
 class Palette:
     """A palettized weight.

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dkm_export.errors import InvalidInput
 from dkm_export.palette import Palette
-from dkm_export.references import build_module
+from dkm_export.references import TaskSource, build_module
 from dkm_export.spec import CompressionSpec, Frozen
+from dkm_export.task import Task
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=100)]
 """An identifier that is safe as a file name and as a generated Swift or Kotlin name."""
@@ -52,6 +53,20 @@ class InputSpec(Frozen):
         if math.prod(self.shape) > _MOST_VALUES:
             raise ValueError(f"an input has at most {_MOST_VALUES:,} values")
         return self
+
+    def problem(self, tensor: Tensor) -> str | None:
+        """What is wrong with an input that should be this one; None when it fits."""
+        found = f"{tensor.dtype}{list(tensor.shape)}"
+        expected = f"torch.{self.dtype}{list(self.shape)}"
+        if found != expected:
+            return f"input '{self.name}' is {found}, expected {expected}"
+        if self.high is not None and not bool(((tensor >= 0) & (tensor < self.high)).all()):
+            lowest, highest = int(tensor.min()), int(tensor.max())
+            return (
+                f"input '{self.name}' holds {lowest} to {highest}, allowed are 0 to "
+                f"{self.high - 1}: give the vocabulary that the model was trained with"
+            )
+        return None
 
     def random(self, generator: torch.Generator) -> Tensor:
         """A random input: integers below ``high``, or normal numbers of a random scale and offset.
@@ -100,10 +115,31 @@ class ModelSource(ModelDescription):
     """How to build a palettized model's code again.
 
     Attributes:
-        task: ``package.module:Class`` of the `dkm_export.Task` it was trained for, if any.
+        task: what it was trained for, if anything.
     """
 
-    task: str | None = None
+    task: TaskSource | None = None
+
+    def load_task(self, data: Mapping[str, Any] | None) -> Task | None:
+        """The task, if there is one, on this machine.
+
+        Args:
+            data: arguments of the task that are others here, such as where its data are; with
+                None, do without the task.
+
+        Raises:
+            InvalidInput: when the task does not import or fails.
+        """
+        if self.task is None or data is None:
+            return None
+        here = {**self.task.arguments, **data}
+        try:
+            return TaskSource(factory=self.task.factory, arguments=here).load()
+        except InvalidInput as error:
+            raise InvalidInput(
+                f"{error}: say where the task's data are with --data KEY=VALUE, or do without them "
+                "with --no-data"
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)

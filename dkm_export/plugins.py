@@ -1,4 +1,4 @@
-"""Exporters and runtimes are found through entry points, and say what they lack."""
+"""Exporters, runtimes and recipes are found through entry points."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from dkm_export.errors import InvalidInput, Unsupported
 
 EXPORTERS = "dkm_export.exporters"
 RUNTIMES = "dkm_export.runtimes"
+RECIPES = "dkm_export.recipes"
 
 
 def names_of(group: str) -> set[str]:
@@ -27,6 +29,17 @@ def discover(group: str) -> dict[str, Any]:
     """
     entry_points = sorted(metadata.entry_points(group=group), key=lambda entry: entry.name)
     return {entry.name: _load(entry) for entry in entry_points}
+
+
+def recipes() -> dict[str, Path]:
+    """Files of the recipes in the packages of the entry point group, by name.
+
+    Raises:
+        Unsupported: when one of the packages does not load.
+    """
+    packages = [_load(entry, call=False) for entry in metadata.entry_points(group=RECIPES)]
+    files = [file for package in packages for file in Path(package.__path__[0]).glob("*.toml")]
+    return {file.stem: file for file in sorted(files)}
 
 
 def select(plugins: dict[str, Any], names: Iterable[str], what: str) -> list[Any]:
@@ -50,9 +63,10 @@ def missing_packages(packages: Iterable[str], extra: str) -> str | None:
     return f"{', '.join(missing)} not installed: pip install 'dkm-export[{extra}]'"
 
 
-def _load(entry: metadata.EntryPoint) -> Any:
+def _load(entry: metadata.EntryPoint, *, call: bool = True) -> Any:
     try:
-        return entry.load()()
+        plugin = entry.load()
+        return plugin() if call else plugin
     except Exception as error:  # a plugin may be anybody's
         raise Unsupported(
             f"plugin '{entry.name}' ({entry.value}) does not load: {error}: "

@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from pydantic import Field
 from torch import nn
 
 from dkm_export.errors import InvalidInput
+from dkm_export.spec import Frozen
 from dkm_export.task import Task, user_code
 
 
@@ -42,20 +44,31 @@ def build_module(reference: str, arguments: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-def load_task(reference: str) -> Task:
-    """Make the task ``reference``, a `Task` class that takes no arguments.
+class TaskSource(Frozen):
+    """How to make a task.
 
-    Raises:
-        InvalidInput: when it does not import, is not a `Task` class or fails.
+    Attributes:
+        factory: ``package.module:Class`` of a `dkm_export.Task`.
+        arguments: its keyword arguments, plain JSON values.
     """
-    task = _resolve(reference)
-    if not (inspect.isclass(task) and issubclass(task, Task)):
-        raise InvalidInput(f"task '{reference}' is not a subclass of dkm_export.Task")
-    if not isinstance(getattr(task, "metric_name", None), str):
-        raise InvalidInput(f"task '{reference}' has no metric_name")
-    with user_code(f"task '{reference}'"):
-        made: Task = task()
-    return made
+
+    factory: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+    def load(self) -> Task:
+        """Make the task.
+
+        Raises:
+            InvalidInput: when it does not import, is not a `Task` class or fails.
+        """
+        task = _resolve(self.factory)
+        if not (inspect.isclass(task) and issubclass(task, Task)):
+            raise InvalidInput(f"task '{self.factory}' is not a subclass of dkm_export.Task")
+        with user_code(f"task '{self.factory}'"):
+            made: Task = task(**self.arguments)
+        if not isinstance(getattr(made, "metric_name", None), str):
+            raise InvalidInput(f"task '{self.factory}' has no metric_name")
+        return made
 
 
 def _resolve(reference: str) -> Any:

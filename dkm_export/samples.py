@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from dkm_export.errors import InvalidInput
 from dkm_export.palettized import ModelDescription, ModelSource
-from dkm_export.references import load_task
 from dkm_export.task import Task, batches_of, user_code
 
 COUNT = 8
@@ -41,19 +40,18 @@ class Samples:
         return {name: stacked[index] for name, stacked in self.inputs.items()}
 
 
-def make_samples(module: nn.Module, source: ModelSource) -> Samples:
+def make_samples(module: nn.Module, source: ModelSource, task: Task | None) -> Samples:
     """Run the reference on `COUNT` samples: of the task's test split, or random without a task.
 
     Raises:
         InvalidInput: when the model does not run on them or returns something else than
             ``source.outputs`` says.
     """
-    if source.task is None:
+    if task is None:
         generator = torch.Generator().manual_seed(_SEED)
         batches = [tuple(spec.random(generator) for spec in source.inputs) for _ in range(COUNT)]
     else:
-        task_batches = fixed_batches(load_task(source.task), source)
-        batches = [inputs for inputs, _ in islice(task_batches, COUNT)]
+        batches = [inputs for inputs, _ in islice(fixed_batches(task, source), COUNT)]
     outputs = [run_reference(module, inputs, source) for inputs in batches]
     names = [spec.name for spec in source.inputs]
     return Samples(
@@ -76,12 +74,14 @@ def fixed_batches(
     for inputs, target in batches_of(task, "test", size):
         repeats = -(-size // max(1, len(target)))
         full = tuple(torch.cat([tensor] * repeats)[:size] for tensor in inputs)
-        found = [(tuple(tensor.shape), f"{tensor.dtype}") for tensor in full]
-        expected = [(spec.shape, f"torch.{spec.dtype}") for spec in source.inputs]
-        if found != expected:
+        if len(full) != len(source.inputs):
             raise InvalidInput(
-                f"task '{type(task).__name__}' gives inputs {found}, expected {expected}"
+                f"task '{type(task).__name__}' gives {len(full)} inputs, the model has "
+                f"{', '.join(spec.name for spec in source.inputs)}"
             )
+        for spec, tensor in zip(source.inputs, full, strict=True):
+            if problem := spec.problem(tensor):
+                raise InvalidInput(f"task '{type(task).__name__}': {problem}")
         yield full, target
 
 

@@ -9,8 +9,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar, Literal
+from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from dkm_export.errors import DkmError, InvalidInput
@@ -21,13 +22,15 @@ Batch = tuple[tuple[Tensor, ...], Tensor]
 
 
 class Task(ABC):
-    """What a model is trained for and measured by. A subclass takes no arguments.
+    """What a model is trained for and measured by.
+
+    A subclass takes its settings as keyword arguments, plain JSON values: paths of data, say.
 
     Attributes:
         metric_name: what `metric` returns, as printed: ``"top-1 %"``. Higher is better.
     """
 
-    metric_name: ClassVar[str]
+    metric_name: str
 
     @abstractmethod
     def size(self, split: Split) -> int:
@@ -44,6 +47,18 @@ class Task(ABC):
     @abstractmethod
     def metric(self, output: Tensor, target: Tensor) -> float:
         """The metric over all outputs and targets of a split, concatenated."""
+
+    def distillation(self, output: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        """The loss that makes a model's output like that of its uncompressed teacher, a scalar.
+
+        For logits with the classes along axis 1; a task with other outputs has its own.
+
+        Source: Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531,
+        section 2: the square of the temperature keeps the size of the gradients.
+        """
+        student, goal = (F.log_softmax(x / temperature, 1) for x in (output, teacher))
+        divergence = F.kl_div(student, goal, reduction="none", log_target=True).sum(1).mean()
+        return temperature**2 * divergence
 
 
 @contextmanager
@@ -111,9 +126,19 @@ def loss_of(task: Task, output: Tensor, target: Tensor) -> Tensor:
     name = f"task '{type(task).__name__}': its loss"
     with user_code(name):
         loss = task.loss(output, target)
-    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
-        raise InvalidInput(f"{name} is not a scalar tensor that depends on trainable weights")
-    return loss
+    return _differentiable(loss, name)
+
+
+def distillation_of(task: Task, output: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """`Task.distillation`, as a scalar that can be differentiated.
+
+    Raises:
+        InvalidInput: when it fails or returns anything else.
+    """
+    name = f"task '{type(task).__name__}': its distillation"
+    with user_code(name):
+        loss = task.distillation(output, teacher, temperature)
+    return _differentiable(loss, name)
 
 
 def metric_of(task: Task, output: Tensor, target: Tensor) -> float:
@@ -128,3 +153,9 @@ def metric_of(task: Task, output: Tensor, target: Tensor) -> float:
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise InvalidInput(f"{name} is {value!r}, not a finite number")
     return float(value)
+
+
+def _differentiable(loss: object, name: str) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+        raise InvalidInput(f"{name} is not a scalar tensor that depends on trainable weights")
+    return loss

@@ -274,7 +274,7 @@ def test_sensitivity_is_the_mean_squared_gradient() -> None:
 
 def test_a_recipe_measures_sensitivity() -> None:
     recipe = {
-        "task": "dkm_models.digits:Digits",
+        "task": {"factory": "dkm_models.digits:Digits"},
         "model": {
             "name": "mlp",
             "factory": "tests.test_distributed:Mlp",

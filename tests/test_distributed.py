@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dkm_export.errors import DkmError, InvalidInput
 from dkm_export.files import CHECKPOINT, METRICS
 from dkm_export.task import Batch, Split
-from dkm_export.training.distributed import World, processes, require_equal, share
+from dkm_export.training.distributed import processes, require_equal, share
 from dkm_export.training.recipe import load_recipe
 from dkm_export.training.resume import ResumeFile
 from dkm_export.training.stage import run_recipe
@@ -23,7 +23,7 @@ from dkm_models.digits import Digits
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
-task = "{task}"
+task = {{ factory = "{task}" }}
 [model]
 name = "mlp"
 factory = "tests.test_distributed:Mlp"
@@ -143,7 +143,8 @@ def _assert_same_model(actual: Path, expected: Path) -> None:
     """Resume files of two runs, one of which may be of several processes."""
     ours, theirs = load_file(actual), load_file(expected)
     assert ours.keys() == theirs.keys()
-    assert sum(name.endswith(".centroids") for name in ours) == 2
+    # of two layers, now and at the end of the best epoch
+    assert sum(name.endswith(".centroids") for name in ours) == 4
     for name in theirs:
         if name.startswith("model."):
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5, msg=name)
@@ -227,7 +228,7 @@ def test_shares_have_the_gradient_of_the_whole_batch(total: int, size: int) -> N
         (result,) = torch.autograd.grad(loss, parameter)
         return result
 
-    parts = [share((inputs, target), World(rank, size)) for rank in range(size)]
+    parts = [share((inputs, target), rank, size) for rank in range(size)]
     mean = torch.stack([gradient(*part) for part in parts]).mean(0)
     torch.testing.assert_close(mean, gradient((inputs, target), 1.0))
     seen = [part[1] for part, weight in parts if weight]
@@ -237,7 +238,7 @@ def test_shares_have_the_gradient_of_the_whole_batch(total: int, size: int) -> N
 def test_a_batch_that_cannot_be_split() -> None:
     batch = ((torch.zeros(6, 4), torch.zeros(1, 4)), torch.zeros(6))
     with pytest.raises(InvalidInput, match=r"\[6, 1\] inputs and 6 targets"):
-        share(batch, World(rank=0, size=2))
+        share(batch, 0, 2)
 
 
 def test_wrong_variables_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dkm_export.errors import InvalidInput
-from dkm_export.references import build_module, load_task
+from dkm_export.references import TaskSource, build_module
 from dkm_export.task import Split, batches_of, metric_of
 from dkm_models.digits import Digits
 
@@ -82,11 +82,11 @@ class Nameless(Digits):
 
 
 def test_tasks() -> None:
-    assert load_task("dkm_models.digits:Digits").metric_name == "top-1 %"
+    assert TaskSource(factory="dkm_models.digits:Digits").load().metric_name == "top-1 %"
     with pytest.raises(InvalidInput, match="not a subclass of"):
-        load_task("dkm_models.digits:digits_cnn")
+        TaskSource(factory="dkm_models.digits:digits_cnn").load()
     with pytest.raises(InvalidInput, match="has no metric_name"):
-        load_task("tests.test_references:Nameless")
+        TaskSource(factory="tests.test_references:Nameless").load()
 
 
 class Wrong(Digits):

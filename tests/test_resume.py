@@ -22,7 +22,7 @@ from dkm_export.training.stage import run_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
-task = "dkm_models.digits:Digits"
+task = { factory = "dkm_models.digits:Digits" }
 [model]
 name = "noisy"
 factory = "tests.test_resume:Noisy"

@@ -55,7 +55,7 @@ def test_post_training_from_a_file_of_weights(tmp_path: Path, suffix: str) -> No
         name = "line"
         factory = "torch.nn:Linear"
         arguments = {{ in_features = 64, out_features = 64 }}
-        weights = "{file.name}"
+        weights = "{file}"
         inputs = [{{ name = "x", shape = [1, 64] }}]
         [dkm]
         epochs = 0
@@ -91,7 +91,10 @@ def test_a_pickle_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
         (["model.inputs=[]"], "'model.inputs': Tuple should have at least 1 item"),
         (["model.inputs=[{name='x', shape=[]}]"], "'model.inputs.0.shape'"),
         (["model.inputs=[{name='x', shape=[1, 3, 8, 8]}]"], r"on inputs \[\[1, 3, 8, 8\]\] failed"),
-        (["model.inputs=[{name='x', shape=[1, 1, 9, 9]}]"], "task 'Digits' gives inputs"),
+        (
+            ["model.inputs=[{name='x', shape=[1, 1, 9, 9]}]"],
+            "task 'Digits': input 'x' is torch.float32",
+        ),
         (["compression.rules=[]"], "no layer of the model becomes a palette"),
         (["compression.rules=[{bits=true}]"], "'compression.rules.0.bits': Input should be a val"),
         (["dkm.tau=inf"], "'dkm.tau': Input should be a finite number"),
@@ -192,7 +195,8 @@ def test_the_plan_predicts_the_bytes(tmp_path: Path, factory: str) -> None:
         """
     )
     recipe = load_recipe(tmp_path / "recipe.toml")
-    layers, rest = plan_recipe(recipe)
+    layers, predicted = plan_recipe(recipe)
     _, metrics = run_recipe(recipe, _ignore)
     assert sum(layer.nbytes for layer in layers) == metrics.sizes.palettes
-    assert rest == metrics.sizes.dense
+    assert predicted == metrics.sizes.account
+    assert predicted.stored == metrics.sizes.palettes + metrics.sizes.dense

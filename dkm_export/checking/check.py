@@ -7,8 +7,9 @@ on the task's metric: a budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dkm_export.checking.execution import check_runtime
@@ -36,6 +37,7 @@ def check(
     runtimes: Sequence[str] = (),
     required: Sequence[str] = (),
     max_drop: float | None = None,
+    data: Mapping[str, Any] | None = MappingProxyType({}),
     progress: Callable[[str], None] = lambda message: None,
     verbose: bool = False,
 ) -> Report:
@@ -46,6 +48,8 @@ def check(
         runtimes: names of the runtimes to use; all that fit the artifacts by default.
         required: runtimes that must run, or the report's exit code says so.
         max_drop: how far the task's metric may fall below the uncompressed model's.
+        data: arguments of the task that are others here than when the model was trained, such as
+            where its data are; None checks without the task and its metric.
         progress: called with a line before each step that takes a while.
         verbose: let the libraries print what they want to.
 
@@ -57,7 +61,8 @@ def check(
     chosen = _choose(artifacts, runtimes, required)
     progress("pytorch: reference")
     model = load_checkpoint(root / manifest.checkpoint.path)
-    reference = make_reference(model, load_samples(root / manifest.samples.path, model.source))
+    samples = load_samples(root / manifest.samples.path, model.source)
+    reference = make_reference(model, samples, data)
     findings = [
         check_hashes(root, (manifest.checkpoint, manifest.samples)),
         check_contents(manifest, model),
@@ -153,6 +158,6 @@ def _check_samples(reference: Reference) -> Finding:
 def _check_drop(reference: Reference, max_drop: float) -> Finding:
     fp32, hard = (reference.metrics.get(name) for name in ("fp32", "hard"))
     if fp32 is None or hard is None:
-        raise InvalidInput("--max-drop needs a checkpoint that was compressed with a task")
+        raise InvalidInput("--max-drop needs a checkpoint compressed with a task, and its data")
     message = f"{hard:.2f} after compression, {fp32:.2f} before, may fall by {max_drop:g}"
     return (passed if fp32 - hard <= max_drop else failed)("accuracy", message)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from dkm_export.errors import InvalidInput
 from dkm_export.palette import Palette
 from dkm_export.palettized import PalettizedModel
-from dkm_export.references import load_task
 from dkm_export.samples import Samples, fixed_batches, run_reference
 from dkm_export.task import Task, metric_of
 
@@ -45,8 +44,15 @@ class Reference:
     metrics: dict[str, float]
 
 
-def make_reference(model: PalettizedModel, samples: Samples) -> Reference:
+def make_reference(
+    model: PalettizedModel, samples: Samples, data: Mapping[str, Any] | None
+) -> Reference:
     """Run PyTorch on the samples and on the task's test split.
+
+    Args:
+        model: the checkpoint.
+        samples: that travel with the artifacts.
+        data: see `ModelSource.load_task`.
 
     Raises:
         InvalidInput: when the model's factory or task does not import or does not fit, or there
@@ -55,7 +61,7 @@ def make_reference(model: PalettizedModel, samples: Samples) -> Reference:
     if not model.palettes:
         raise InvalidInput("the checkpoint holds no palettes: there is nothing to check")
     module = model.build()
-    task = load_task(model.source.task) if model.source.task else None
+    task = model.source.load_task(data)
     metrics, test_outputs = dict(model.metrics), None
     if task:
         batches = list(fixed_batches(task, model.source))

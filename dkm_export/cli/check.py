@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dkm_export.cli.data import add_data_arguments, task_data
 from dkm_export.cli.terminal import Terminal, ratio
 from dkm_export.errors import ExitCode, InvalidInput
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="POINTS",
         help="fail when the task's metric fell by more during compression",
     )
+    add_data_arguments(parser)
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit XML report")
     parser.add_argument("--force", action="store_true", help="replace an existing report")
 
@@ -49,6 +51,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         runtimes=_names(options.runtime),
         required=_names(options.require),
         max_drop=options.max_drop,
+        data=task_data(options),
         progress=terminal.progress,
         verbose=terminal.verbose,
     )

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``dkm compress``."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.toml")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a .toml file, or the name of one that is installed"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="RUN", help="folder to make")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument(
@@ -54,20 +56,21 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
 def _run(options: argparse.Namespace, terminal: Terminal, world: World) -> int:
     from dkm_export.checkpoint import save_checkpoint
     from dkm_export.training.distributed import together
-    from dkm_export.training.recipe import load_recipe
+    from dkm_export.training.recipe import find_recipe, load_recipe
     from dkm_export.training.resume import ResumeFile
     from dkm_export.training.stage import run_recipe
 
     overrides = options.set + ([] if options.seed is None else [f"seed={options.seed}"])
     with together(world):
-        recipe = load_recipe(options.recipe, overrides)
+        file = find_recipe(options.recipe)
+        recipe = load_recipe(file, overrides)
         if options.dry_run:
             return _show_plan(recipe, terminal) if world.leads else ExitCode.OK
         if options.output is None:
             raise InvalidInput("name the folder to make: -o RUN")
         output, force = options.output, options.force
         weights = recipe.model.weights
-        sources = [options.recipe, *([] if weights is None else [weights])]
+        sources = [file, *([] if weights is None else [weights])]
         resume = ResumeFile.beside(output)
         if world.leads:
             require_replaceable(output, force=force, folder=True, sources=sources)
@@ -89,10 +92,12 @@ def _show_result(file: Path, metrics: Metrics, terminal: Terminal) -> None:
     if terminal.json:
         terminal.result({"checkpoint": str(file), "metrics": metrics.model_dump(mode="json")})
         return
+    account = metrics.sizes.account
     rows: list[tuple[str, object]] = [
         ("checkpoint", file),
         ("bytes", size(file.stat().st_size)),
         ("ratio to fp32", ratio(metrics.sizes.fp32, file.stat().st_size)),
+        ("as the paper counts", f"{size(account.paper)}, {account.paper_ratio:.1f}x"),
     ]
     if metrics.fp32 is not None and metrics.hard is not None:
         rows += [
@@ -102,14 +107,13 @@ def _show_result(file: Path, metrics: Metrics, terminal: Terminal) -> None:
     if metrics.epochs:
         rows.append(("soft - hard gap", f"{metrics.epochs[-1].gap:+.2f}"))
     for name, value in rows:
-        terminal.print(f"{name:<20} {value}")
+        terminal.print(f"{name:<22} {value}")
 
 
 def _show_plan(recipe: Recipe, terminal: Terminal) -> int:
     from dkm_export.training.stage import plan_recipe
 
-    layers, rest = plan_recipe(recipe)
-    total = sum(layer.nbytes for layer in layers) + rest
+    layers, account = plan_recipe(recipe)
     if terminal.json:
         terminal.result(
             {
@@ -125,8 +129,8 @@ def _show_plan(recipe: Recipe, terminal: Terminal) -> int:
                     }
                     for layer in layers
                 ],
-                "other_bytes": rest,
-                "bytes": total,
+                "account": account.model_dump(mode="json"),
+                "bytes": account.stored,
             }
         )
         return ExitCode.OK
@@ -146,6 +150,12 @@ def _show_plan(recipe: Recipe, terminal: Terminal) -> int:
             for layer in layers
         ],
     )
-    terminal.print(f"everything else stays dense: {size(rest)}")
-    terminal.print(f"predicted checkpoint, without its header: {size(total)}")
+    terminal.print()
+    terminal.table(
+        "predicted bytes",
+        ("content", "stored", "as the paper counts"),
+        [(line.kind, line.stored, line.paper) for line in account.lines],
+    )
+    terminal.print(f"checkpoint, without its header: {size(account.stored)}")
+    terminal.print(f"as the paper counts: {size(account.paper)}, {account.paper_ratio:.1f}x")
     return ExitCode.OK

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from dkm_export.cli.data import add_data_arguments, task_data
 from dkm_export.cli.terminal import Terminal, ratio, size
 from dkm_export.errors import ExitCode, InvalidInput
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TARGET.KEY=VALUE",
         help="option of a target, such as coreml.precision=fp32",
     )
+    add_data_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="only ask whether the targets can")
 
 
@@ -49,6 +51,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         options.output,
         force=options.force,
         settings=settings,
+        data=task_data(options),
         progress=terminal.progress,
         verbose=terminal.verbose,
     )

@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         terminal = Terminal(json=options.json, quiet=options.quiet, verbose=options.verbose)
-        return int(options.run(options, terminal))
+        with terminal.own_warnings():
+            return int(options.run(options, terminal))
     except DkmError as error:
         if terminal.verbose:
             traceback.print_exc()

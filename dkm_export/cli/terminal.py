@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dkm_export.errors import DkmWarning
 
 if TYPE_CHECKING:
     from dkm_export.training.stage import Progress
@@ -58,6 +61,26 @@ class Terminal:
                 bar.update(phases[phase], completed=done, description=status)
 
             yield update
+
+    @contextmanager
+    def own_warnings(self) -> Iterator[None]:
+        """Print our warnings as lines of prose, and those of libraries only when verbose."""
+        with warnings.catch_warnings():
+            if not self.verbose:
+                warnings.simplefilter("ignore")
+            warnings.simplefilter("always", DkmWarning)
+            show = warnings.showwarning
+
+            def line(
+                message: Warning | str, category: type[Warning], *place: Any, **more: Any
+            ) -> None:
+                if issubclass(category, DkmWarning):
+                    print(f"dkm: warning: {message}", file=sys.stderr, flush=True)
+                else:
+                    show(message, category, *place, **more)
+
+            warnings.showwarning = line
+            yield
 
     def _training_line(self, status: str, done: int, total: int) -> None:
         if done * 10 // total > (done - 1) * 10 // total:

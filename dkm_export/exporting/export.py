@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -84,6 +85,7 @@ def export(
     *,
     force: bool = False,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    data: Mapping[str, Any] | None = MappingProxyType({}),
     progress: Callable[[str], None] = lambda message: None,
     verbose: bool = False,
 ) -> Manifest:
@@ -97,6 +99,8 @@ def export(
         output: folder to make.
         force: replace ``output`` when it exists.
         settings: options by target.
+        data: arguments of the task that are others here than when the model was trained, such as
+            where its data are; None makes random samples instead of the task's.
         progress: called with a line before each step that takes a while.
         verbose: let the libraries print what they want to.
 
@@ -108,8 +112,9 @@ def export(
     plan = plan_export(checkpoint, targets, settings)
     with staged(output, force=force, folder=True, sources=[checkpoint]) as root:
         progress("pytorch: reference outputs")
-        samples = make_samples(plan.model.build(), plan.model.source)
-        save_samples(samples, plan.model.source, root / SAMPLES)
+        source = plan.model.source
+        samples = make_samples(plan.model.build(), source, source.load_task(data))
+        save_samples(samples, source, root / SAMPLES)
         shutil.copyfile(plan.checkpoint, root / CHECKPOINT)
         artifacts = []
         for exporter, options in plan.targets:

@@ -111,37 +111,37 @@ def spread_out(model: nn.Module, world: World) -> nn.Module:
     return model
 
 
-def share(batch: Batch, world: World) -> tuple[Batch, float]:
-    """This rank's consecutive part of a batch, and the weight of the part's mean loss.
+def share(batch: Batch, number: int, count: int) -> tuple[Batch, float]:
+    """One of ``count`` consecutive parts of a batch, and the weight of the part's mean loss.
 
-    With these weights the mean over ranks is the mean over the whole batch, however it splits.
+    With these weights the mean over all parts is that over the whole batch, however it splits.
 
     Raises:
         InvalidInput: when inputs and targets differ in their number of examples.
     """
-    if world.size == 1:
+    if count == 1:
         return batch, 1.0
     inputs, target = batch
     total = len(target)
     if any(len(tensor) != total for tensor in inputs):
         raise InvalidInput(
             f"the task's batch has {[len(tensor) for tensor in inputs]} inputs and {total} "
-            "targets: several processes can only split it when axis 0 is the example"
+            "targets: it can only be split when axis 0 is the example"
         )
-    start, end = (total * rank // world.size for rank in (world.rank, world.rank + 1))
+    start, end = (total * part // count for part in (number, number + 1))
     # Without an example, a rank still has to take part: with one that counts for nothing.
     part = slice(start, end) if start < end else slice(0, 1)
-    weight = (end - start) * world.size / max(1, total)
+    weight = (end - start) * count / max(1, total)
     return (tuple(tensor[part] for tensor in inputs), target[part]), weight
 
 
 def shares(batches: Iterable[Batch], world: World) -> Iterator[tuple[Batch, float]]:
-    """`share` of every batch; what goes wrong with the data of one rank stops all."""
+    """This rank's `share` of every batch; what goes wrong with the data of one rank stops all."""
     remaining = iter(batches)
     while True:
         with together(world):
             batch = next(remaining, None)
-            part = None if batch is None else share(batch, world)
+            part = None if batch is None else share(batch, world.rank, world.size)
         if part is None:
             return
         yield part

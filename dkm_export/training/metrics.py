@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import FiniteFloat
 
+from dkm_export.sizing import Account
 from dkm_export.spec import Frozen
 
 
@@ -28,11 +29,19 @@ class Epoch(Frozen):
 
 
 class Sizes(Frozen):
-    """Bytes of the weights: palettes (packed indices and float16 LUTs), the rest, and float32."""
+    """Bytes of the weights.
+
+    Attributes:
+        palettes: packed indices and float16 LUTs.
+        dense: everything else, as it is stored.
+        fp32: all weights and buffers before compression.
+        account: all that is stored by its kind, beside the DKM paper's way to count it.
+    """
 
     palettes: int
     dense: int
     fp32: int
+    account: Account
 
 
 class Metrics(Frozen):

@@ -1,6 +1,7 @@
 """``RUN.resume.safetensors``: the state of a training that is not finished yet.
 
-Tensors: ``model.<key>`` of the state dict, and ``optimizer.<parameter>.<slot>`` of Adam. The
+Tensors: ``model.<key>`` of the state dict, ``optimizer.<parameter>.<slot>``, and what else the
+phase goes on from: ``best.<key>`` of the best epoch, ``teacher.<key>`` of the float model. The
 header's metadata has one key, ``dkm-resume``, with a JSON object. Random numbers are not stored:
 every epoch begins with its own seed.
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from dkm_export.errors import InvalidInput
 from dkm_export.files import sha256
-from dkm_export.sharding import full, load
+from dkm_export.sharding import load
 from dkm_export.spec import Frozen
 from dkm_export.training.metrics import Epoch
 from dkm_export.training.recipe import Recipe
@@ -141,7 +142,7 @@ class ResumeFile:
 
         Args:
             standing: how far the run has come.
-            state: see `training_state`.
+            state: every tensor that a resumed run needs, whole, by its name in the file.
 
         Raises:
             InvalidInput: when it cannot be written.
@@ -159,16 +160,13 @@ class ResumeFile:
         except (SafetensorError, OSError) as error:
             raise InvalidInput(f"cannot write {self.path}: {error}") from error
 
-    def restore(
-        self, standing: Standing, steps: int, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Load the state into a model of the file's phase and its `adam`, in place.
+    def restore(self, standing: Standing, steps: int, own: Mapping[str, Tensor]) -> None:
+        """Load the file's tensors into ``own``, in place.
 
         Args:
             standing: the file's.
             steps: per epoch, as the task's data are now.
-            model: prepared for a file of the phase ``dkm``.
-            optimizer: of ``model``.
+            own: the tensors that `write` was given, of today's run; parts of them, if sharded.
 
         Raises:
             InvalidInput: when the data have changed in size, or with the first tensor that is
@@ -178,7 +176,6 @@ class ResumeFile:
             raise self._unusable(
                 f"'steps': an epoch had {standing.steps} steps and has {steps} with today's data"
             )
-        own = _tensors(model, optimizer)
         try:
             with safe_open(self.path, framework="pt") as file:
                 found = {name: file.get_tensor(name) for name in file.offset_keys()}
@@ -210,18 +207,6 @@ class ResumeFile:
         return self.path.with_name(f".{self.path.name}.part")
 
 
-def adam(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam with its state made at once, as its first step would: there is always one to restore."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        }
-    return optimizer
-
-
 def fingerprint(recipe: Recipe) -> str:
     """Hex digest of everything that the recipe says, and of the bytes of its weights file."""
     weights = recipe.model.weights
@@ -234,17 +219,12 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that training changes, whole, by its name in the file; all ranks have to call it.
+    """Everything that training changes by its name in the file, each tensor the model's own.
 
     Args:
         model: the bare one.
-        optimizer: its `adam`.
+        optimizer: made by `make_optimizer`.
     """
-    return {name: full(tensor.detach()) for name, tensor in _tensors(model, optimizer).items()}
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What `training_state` is of; each tensor is the model's or the optimizer's own."""
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for slot, tensor in optimizer.state[parameter].items():

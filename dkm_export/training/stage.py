@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from itertools import islice
-from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -20,34 +18,45 @@ from dkm_export.compress import (
     set_temperature,
     soft_weights,
 )
-from dkm_export.errors import InvalidInput
+from dkm_export.errors import DkmWarning, InvalidInput
 from dkm_export.layers import LayerPlan, plan, require_palettes
-from dkm_export.palettized import PalettizedModel, load_state
-from dkm_export.references import build_module, load_task
+from dkm_export.palettized import PalettizedModel
+from dkm_export.references import build_module
 from dkm_export.samples import fixed_batches, run_reference
+from dkm_export.sizing import Account, account, predict
 from dkm_export.task import Task, batches_of, metric_of
 from dkm_export.training.distributed import ALONE, World, gather, together
+from dkm_export.training.loop import (
+    Phase,
+    Run,
+    begin,
+    keep_best,
+    restore_best,
+    save,
+    task_loss,
+    train_epoch,
+)
 from dkm_export.training.loop import Progress as Progress
-from dkm_export.training.loop import Run, begin, save, train_epoch, training_loss
 from dkm_export.training.metrics import Epoch, Metrics, Sizes
 from dkm_export.training.recipe import Recipe
 from dkm_export.training.resume import ResumeFile, Standing, fingerprint
+from dkm_export.training.weights import load_weights
 
 _BATCH = 256
 """Test inputs that are evaluated at once."""
 
+_LARGE_GAP = 0.05
+"""Of the metric of soft weights: what hard ones may fall short of it without a warning."""
 
-def plan_recipe(recipe: Recipe) -> tuple[list[LayerPlan], int]:
-    """What `run_recipe` would do to each layer, and the bytes of everything else in the model."""
-    model = _load_model(recipe)
+
+def plan_recipe(recipe: Recipe) -> tuple[list[LayerPlan], Account]:
+    """What `run_recipe` would do to each layer, and to the bytes of the model.
+
+    The file of weights need not be there.
+    """
+    model = build_module(recipe.model.factory, recipe.model.arguments)
     layers = plan(model, recipe.compression)
-    planned = {layer.name for layer in layers}
-    rest = (tensor for name, tensor in model.state_dict().items() if name not in planned)
-    # half-precision tensors are stored as float32
-    return layers, sum(
-        tensor.numel() * max(4 * tensor.is_floating_point(), tensor.element_size())
-        for tensor in rest
-    )
+    return layers, predict(layers, model.state_dict())
 
 
 def run_recipe(
@@ -79,7 +88,7 @@ def run_recipe(
     torch.set_flush_denormal(True)
     with together(world):
         model = _load_model(recipe)
-        task = load_task(recipe.task) if recipe.task else None
+        task = recipe.task.load() if recipe.task else None
         _try_out(model, task, recipe)
         standing = resume.standing(recipe) if resume else None
     if any(other != standing for other in gather(standing, world)):
@@ -91,6 +100,7 @@ def run_recipe(
 
     fp32 = tuning.fp32 if tuning else _train_float(run, standing) if run else None
     sensitivity = _sensitivity(run) if run and not tuning else None
+    teacher = deepcopy(model).requires_grad_(False) if recipe.dkm.distillation else None
     prepare(
         model,
         recipe.compression,
@@ -99,7 +109,7 @@ def run_recipe(
         sensitivity=sensitivity,
         progress=progress,
     )
-    epochs = _fine_tune(run, fp32, tuning) if run and recipe.dkm.epochs else ()
+    epochs = _fine_tune(run, teacher, fp32, tuning) if run and recipe.dkm.epochs else ()
     model.eval()
     hard = _evaluate(run) if run else None
 
@@ -119,6 +129,7 @@ def run_recipe(
             palettes=sum(palette.nbytes for palette in palettized.palettes.values()),
             dense=sum(tensor.nbytes for tensor in palettized.dense.values()),
             fp32=palettized.fp32_bytes,
+            account=account(palettized),
         ),
     )
 
@@ -161,17 +172,20 @@ def _sensitivity(run: Run) -> dict[str, Tensor] | None:
     def losses() -> Iterator[Tensor]:
         for inputs, target in islice(batches, section.sensitivity_batches):
             moved = tuple(tensor.to(device) for tensor in inputs)
-            yield training_loss(run.model, run.task, moved, target.to(device))
+            yield task_loss(run.model, run.task, moved, target.to(device))[0]
 
     run.model.eval()
     with together(run.world):
         return measure_sensitivity(run.model, losses())
 
 
-def _fine_tune(run: Run, fp32: float | None, standing: Standing | None) -> tuple[Epoch, ...]:
+def _fine_tune(
+    run: Run, teacher: nn.Module | None, fp32: float | None, standing: Standing | None
+) -> tuple[Epoch, ...]:
     """The second phase, of the prepared model; returns what each epoch ended with."""
     section = run.recipe.dkm
-    phase = begin(run, "dkm", section, standing)
+    best = section.keep == "best"
+    phase = begin(run, "dkm", section, standing, teacher=teacher, keep_best=best)
     epochs = standing.epochs if standing else ()
     for epoch in phase.remaining:
         fall = (epoch - 1) / max(1, section.epochs - 1)
@@ -183,9 +197,31 @@ def _fine_tune(run: Run, fp32: float | None, standing: Standing | None) -> tuple
             soft = _evaluate(run)
         hard = _evaluate(run)
         ended = Epoch(epoch=epoch, tau=tau, loss=loss, soft=soft, hard=hard, gap=soft - hard)
+        # of equal epochs the last, in which the clusters are hardest
+        if best and all(hard >= earlier.hard for earlier in epochs):
+            keep_best(run, phase)
         epochs = (*epochs, ended)
         save(run, phase, epoch, fp32, epochs)
+        _tell(run, phase, ended)
+    if best:
+        restore_best(run, phase)
     return epochs
+
+
+def _tell(run: Run, phase: Phase, ended: Epoch) -> None:
+    """How an epoch went, and a warning when the artifact would be worse than the training."""
+    section = run.recipe.dkm
+    of_all = f"dkm epoch {ended.epoch}/{section.epochs}"
+    status = f"{of_all}, loss {ended.loss:.4f}, soft {ended.soft:.2f}, hard {ended.hard:.2f}"
+    run.progress(status, ended.epoch * phase.steps, section.epochs * phase.steps)
+    if run.world.leads and ended.gap > _LARGE_GAP * abs(ended.soft):
+        warnings.warn(
+            f"{of_all}: hard weights reach {ended.hard:.2f} where soft ones reach "
+            f"{ended.soft:.2f}: if the gap stays when tau has fallen from {ended.tau:.3g} to "
+            f"{section.tau_end:.3g}, lower tau_end or train more epochs",
+            DkmWarning,
+            stacklevel=2,
+        )
 
 
 def _try_out(model: nn.Module, task: Task | None, recipe: Recipe) -> None:
@@ -197,36 +233,11 @@ def _try_out(model: nn.Module, task: Task | None, recipe: Recipe) -> None:
     for inputs, target in islice(fixed_batches(task, recipe.model), 1):
         output, *_ = run_reference(model, inputs, recipe.model)
         metric_of(task, output[: len(target)], target)
-        training_loss(model, task, inputs, target)
+        task_loss(model, task, inputs, target)
 
 
 def _load_model(recipe: Recipe) -> nn.Module:
     model = build_module(recipe.model.factory, recipe.model.arguments)
     if recipe.model.weights is not None:
-        state = _read_weights(recipe.model.weights)
-        load_state(model, state, f"the model of '{recipe.model.factory}'")
+        load_weights(model, recipe.model.weights, f"the model of '{recipe.model.factory}'")
     return model
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InvalidInput(f"{path}: no such file") from error
-    except UnpicklingError as error:
-        raise InvalidInput(
-            f"{path}: holds more than tensors, and unpickling it could run code: "
-            "save the state dict as safetensors"
-        ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InvalidInput(
-            f"{path}: neither safetensors nor a plain state dict: {reason}"
-        ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
-    ):
-        raise InvalidInput(f"{path}: holds no plain state dict of tensors by name")
-    return state

@@ -1,0 +1,161 @@
+"""Bytes, counted twice: by the DKM paper's convention, and as they are stored.
+
+The paper (Cho et al., ICLR 2022, section 4.1) clusters layers of fewer than 10,000 parameters at 8
+bits. Its sizes are those of packed indices and LUTs with these layers, batch norm and biases at one
+byte a number. It writes MB and means MiB: 25,557,032 parameters of ResNet-50 are 97.5 MiB in
+float32, and a 29.4th of that is the 3.32 that it names. A checkpoint stores more: the LUTs of small
+layers, float32 where there is no palette, counters, and the file's header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dkm_export.layers import LayerPlan
+from dkm_export.palette import Layout, lut_size, packed_size
+from dkm_export.palettized import PalettizedModel
+from dkm_export.spec import Frozen
+
+_SMALL = 10_000
+"""Parameters from which on the paper clusters a layer as its settings say."""
+
+
+class SizeLine(Frozen):
+    """One kind of content, in bytes.
+
+    Attributes:
+        kind: what is counted.
+        paper: by the paper's convention.
+        stored: in the checkpoint.
+    """
+
+    kind: str
+    paper: int
+    stored: int
+
+
+class Account(Frozen):
+    """Where the bytes of a model go.
+
+    Attributes:
+        parameters: numbers that training changes; statistics of batch norm are none.
+        lines: together everything that is stored.
+    """
+
+    parameters: int
+    lines: tuple[SizeLine, ...]
+
+    @property
+    def paper(self) -> int:
+        """Bytes by the paper's convention."""
+        return sum(line.paper for line in self.lines)
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the checkpoint; without its header if the account is of no file."""
+        return sum(line.stored for line in self.lines)
+
+    @property
+    def paper_ratio(self) -> float:
+        """How many times smaller than float32 parameters, by the paper's convention."""
+        return 4 * self.parameters / self.paper
+
+
+@dataclass(frozen=True)
+class _Dense:
+    name: str
+    count: int
+    nbytes: int
+    floating: bool
+
+
+def account(model: PalettizedModel, file_bytes: int | None = None) -> Account:
+    """Count a palettized model; a tied weight once.
+
+    Args:
+        model: with palettes.
+        file_bytes: size of its checkpoint, to count the header too.
+    """
+    palettes = [(palette.layout, palette.bits) for palette in model.palettes.values()]
+    dense = [
+        _Dense(name, tensor.numel(), tensor.nbytes, tensor.is_floating_point())
+        for name, tensor in model.dense.items()
+    ]
+    return _account(palettes, dense, file_bytes)
+
+
+def predict(layers: Sequence[LayerPlan], state: Mapping[str, Tensor]) -> Account:
+    """Count what a plan would make of a model, before anything is done.
+
+    Args:
+        layers: the plan.
+        state: the model's state dict.
+    """
+    chosen = [layer for layer in layers if layer.bits is not None]
+    palettes = [(x.layout, x.bits) for x in chosen if x.bits is not None and not x.tied_to]
+    planned = {layer.name for layer in chosen}
+    dense = [
+        # half-precision tensors are stored as float32
+        _Dense(
+            name,
+            tensor.numel(),
+            tensor.numel() * max(4 * tensor.is_floating_point(), tensor.element_size()),
+            tensor.is_floating_point(),
+        )
+        for name, tensor in state.items()
+        if name not in planned
+    ]
+    return _account(palettes, dense)
+
+
+def _account(
+    palettes: Sequence[tuple[Layout, int]], dense: Sequence[_Dense], file_bytes: int | None = None
+) -> Account:
+    counted = list(_palette_lines(palettes)) + list(_dense_lines(dense))
+    kinds = dict.fromkeys(line.kind for line in counted)
+    lines = [
+        SizeLine(
+            kind=kind,
+            paper=sum(line.paper for line in counted if line.kind == kind),
+            stored=sum(line.stored for line in counted if line.kind == kind),
+        )
+        for kind in kinds
+    ]
+    if file_bytes is not None:
+        header = file_bytes - sum(line.stored for line in lines)
+        lines.append(SizeLine(kind="file header", paper=0, stored=header))
+    statistics = tuple(f".{name}" for name in _STATISTICS)
+    parameters = sum(layout.size for layout, _ in palettes) + sum(
+        x.count for x in dense if x.floating and not x.name.endswith(statistics)
+    )
+    return Account(parameters=parameters, lines=tuple(lines))
+
+
+def _palette_lines(palettes: Iterable[tuple[Layout, int]]) -> Iterator[SizeLine]:
+    for layout, bits in palettes:
+        indices, lut = packed_size(layout.vectors, bits), lut_size(layout, bits)
+        if layout.size < _SMALL and (bits, layout.dim) == (8, 1):
+            yield SizeLine(kind="small layers", paper=layout.size, stored=indices + lut)
+        else:
+            yield SizeLine(kind="indices", paper=indices, stored=indices)
+            yield SizeLine(kind="LUTs", paper=lut, stored=lut)
+
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+def _dense_lines(dense: Sequence[_Dense]) -> Iterator[SizeLine]:
+    norms = {x.name.rpartition(".")[0] for x in dense if x.name.endswith(_STATISTICS)}
+    for tensor in dense:
+        count, stored = tensor.count, tensor.nbytes
+        if not tensor.floating:
+            yield SizeLine(kind="counters", paper=0, stored=stored)
+        elif tensor.name.rpartition(".")[0] in norms:
+            yield SizeLine(kind="batch norm", paper=count, stored=stored)
+        elif count < _SMALL:
+            yield SizeLine(kind="biases and other small tensors", paper=count, stored=stored)
+        else:
+            yield SizeLine(kind="large dense tensors", paper=stored, stored=stored)
