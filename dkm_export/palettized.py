@@ -16,7 +16,7 @@ from dkm_export.errors import InvalidInput
 from dkm_export.palette import Palette
 from dkm_export.references import TaskSource, build_module
 from dkm_export.spec import CompressionSpec, Frozen
-from dkm_export.task import Task
+from dkm_export.task import Task, size_of
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=100)]
 """An identifier that is safe as a file name and as a generated Swift or Kotlin name."""
@@ -128,13 +128,15 @@ class ModelSource(ModelDescription):
                 None, do without the task.
 
         Raises:
-            InvalidInput: when the task does not import or fails.
+            InvalidInput: when the task does not import, fails or does not find its data.
         """
         if self.task is None or data is None:
             return None
         here = {**self.task.arguments, **data}
         try:
-            return TaskSource(factory=self.task.factory, arguments=here).load()
+            task = TaskSource(factory=self.task.factory, arguments=here).load()
+            size_of(task, "test")  # reads what tasks read late
+            return task
         except InvalidInput as error:
             raise InvalidInput(
                 f"{error}: say where the task's data are with --data KEY=VALUE, or do without them "

@@ -22,6 +22,13 @@ from dkm_export.spec import Frozen
 _SMALL = 10_000
 """Parameters from which on the paper clusters a layer as its settings say."""
 
+_INDICES, _LUTS, _LAYERS = "indices", "LUTs", "small layers"
+_NORM, _OTHERS = "batch norm", "biases and other small tensors"
+_LARGE, _COUNTERS, _HEADER = "large dense tensors", "counters", "file header"
+_KINDS = (_INDICES, _LUTS, _LAYERS, _NORM, _OTHERS, _LARGE, _COUNTERS)
+
+_STATISTICS = ("running_mean", "running_var")
+
 
 class SizeLine(Frozen):
     """One kind of content, in bytes.
@@ -115,7 +122,8 @@ def _account(
     palettes: Sequence[tuple[Layout, int]], dense: Sequence[_Dense], file_bytes: int | None = None
 ) -> Account:
     counted = list(_palette_lines(palettes)) + list(_dense_lines(dense))
-    kinds = dict.fromkeys(line.kind for line in counted)
+    present = {line.kind for line in counted}
+    kinds = [kind for kind in _KINDS if kind in present]
     lines = [
         SizeLine(
             kind=kind,
@@ -126,7 +134,7 @@ def _account(
     ]
     if file_bytes is not None:
         header = file_bytes - sum(line.stored for line in lines)
-        lines.append(SizeLine(kind="file header", paper=0, stored=header))
+        lines.append(SizeLine(kind=_HEADER, paper=0, stored=header))
     statistics = tuple(f".{name}" for name in _STATISTICS)
     parameters = sum(layout.size for layout, _ in palettes) + sum(
         x.count for x in dense if x.floating and not x.name.endswith(statistics)
@@ -138,13 +146,10 @@ def _palette_lines(palettes: Iterable[tuple[Layout, int]]) -> Iterator[SizeLine]
     for layout, bits in palettes:
         indices, lut = packed_size(layout.vectors, bits), lut_size(layout, bits)
         if layout.size < _SMALL and (bits, layout.dim) == (8, 1):
-            yield SizeLine(kind="small layers", paper=layout.size, stored=indices + lut)
+            yield SizeLine(kind=_LAYERS, paper=layout.size, stored=indices + lut)
         else:
-            yield SizeLine(kind="indices", paper=indices, stored=indices)
-            yield SizeLine(kind="LUTs", paper=lut, stored=lut)
-
-
-_STATISTICS = ("running_mean", "running_var")
+            yield SizeLine(kind=_INDICES, paper=indices, stored=indices)
+            yield SizeLine(kind=_LUTS, paper=lut, stored=lut)
 
 
 def _dense_lines(dense: Sequence[_Dense]) -> Iterator[SizeLine]:
@@ -152,10 +157,10 @@ def _dense_lines(dense: Sequence[_Dense]) -> Iterator[SizeLine]:
     for tensor in dense:
         count, stored = tensor.count, tensor.nbytes
         if not tensor.floating:
-            yield SizeLine(kind="counters", paper=0, stored=stored)
+            yield SizeLine(kind=_COUNTERS, paper=0, stored=stored)
         elif tensor.name.rpartition(".")[0] in norms:
-            yield SizeLine(kind="batch norm", paper=count, stored=stored)
+            yield SizeLine(kind=_NORM, paper=count, stored=stored)
         elif count < _SMALL:
-            yield SizeLine(kind="biases and other small tensors", paper=count, stored=stored)
+            yield SizeLine(kind=_OTHERS, paper=count, stored=stored)
         else:
-            yield SizeLine(kind="large dense tensors", paper=stored, stored=stored)
+            yield SizeLine(kind=_LARGE, paper=stored, stored=stored)

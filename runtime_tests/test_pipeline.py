@@ -15,10 +15,13 @@ import pytest
 import dkm_models
 from dkm_export.checkpoint import load_checkpoint, save_checkpoint
 from dkm_export.cli.main import main
+from dkm_export.errors import InvalidInput
 from dkm_export.files import files_below
 from dkm_export.palettized import InputSpec
 from dkm_export.spec import LayerRule
+from dkm_export.task import Split
 from dkm_exporters.onnx import OnnxExporter
+from dkm_models.digits import Digits
 from dkm_runtimes.coreml import CoreMLRuntime
 from dkm_runtimes.onnxruntime import OnnxRuntime
 from tests.zoo import IMAGE, ROW, TOKENS, palettize
@@ -233,3 +236,47 @@ def test_mobilenet_at_full_size(dkm: Dkm, tmp_path: Path) -> None:
     assert report["fp32_bytes"] > 16.9e6
     for artifact in report["artifacts"]:
         assert artifact["bytes"] <= 1.15e6
+
+
+class Elsewhere(Digits):
+    """Digits whose data are in a folder, as far as it knows."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__()
+        self._root = Path(root)
+
+    def size(self, split: Split) -> int:
+        if not self._root.is_dir():
+            raise InvalidInput(f"{self._root}: no such folder")
+        return super().size(split)
+
+
+def test_the_data_may_be_somewhere_else_or_nowhere(dkm: Dkm, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    task = f"task={{factory='{__name__}:Elsewhere',arguments={{root='{data}'}}}}"
+    short = ("train.epochs=0", "dkm.epochs=0", task)
+    settings = [part for setting in short for part in ("--set", setting)]
+    assert dkm("compress", RECIPES / "digits.toml", "-o", tmp_path / "run", *settings)[0] == 0
+    moved = data.rename(tmp_path / "moved")
+    export = ("export", "--target", "onnx", tmp_path / "run", "-o", out, "--force")
+    code, found = dkm(*export)
+    assert code == 2
+    assert found["error"]["message"] == (
+        f"{data}: no such folder: say where the task's data are with --data KEY=VALUE, or do "
+        "without them with --no-data"
+    )
+    code, found = dkm(*export, "--data", "root.x=1")
+    assert (code, found["error"]["message"]) == (
+        2,
+        "'root.x=1' is no argument of a task: write key=value",
+    )
+    for there, metric in ((("--data", f"root={moved}"), True), (("--no-data",), False)):
+        assert dkm(*export, *there)[0] == 0
+        assert dkm("check", out)[0] == 2
+        code, report = dkm("check", out, "--require", "onnxruntime", *there)
+        (run,) = (entry for entry in report["runtimes"] if entry["runtime"] == "onnxruntime")
+        assert (code, run["status"]) == (0, "pass")
+        assert (run["metric"] is not None, report["metric_name"] is not None) == (metric, metric)
+    code, report = dkm("check", out, "--no-data", "--max-drop", "1")
+    assert code == 2

@@ -31,6 +31,8 @@ inputs = [{ name = "image", shape = [1, 1, 8, 8] }]
 epochs = 4
 [dkm]
 epochs = 4
+distillation = 0.5
+accumulate = 2
 [compression]
 small_layer_size = 0
 rules = [{ bits = 3, dim = 2 }]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,11 +10,14 @@ from safetensors.torch import save_file
 
 import dkm_models
 from dkm_export.checkpoint import save_checkpoint
-from dkm_export.errors import InvalidInput
+from dkm_export.errors import DkmWarning, InvalidInput
+from dkm_export.references import build_module
 from dkm_export.task import Task
 from dkm_export.training import stage
-from dkm_export.training.recipe import Recipe, load_recipe
+from dkm_export.training.recipe import Recipe, find_recipe, load_recipe
 from dkm_export.training.stage import evaluate, plan_recipe, run_recipe
+from dkm_models.digits import Digits
+from tests.test_bert import config_of
 
 RECIPES = Path(dkm_models.__path__[0]) / "recipes"
 SHORT = ("train.epochs=2", "dkm.epochs=1", "train.batch_size=256", "dkm.batch_size=512")
@@ -24,8 +29,15 @@ def _ignore(status: str, done: int, total: int) -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
-def test_the_recipes_that_we_ship_are_valid(recipe: Path) -> None:
-    assert plan_recipe(load_recipe(recipe))
+def test_the_recipes_that_we_ship_are_valid(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    kind = "distilbert" if recipe.stem.startswith("distilbert") else "bert"
+    (folder / "config.json").write_text(json.dumps(config_of(kind)))
+    # weights need not be there for a plan, but the configuration of an encoder
+    encoder = "dkm_models.bert:" in recipe.read_text()
+    layers, _ = plan_recipe(load_recipe(recipe, [f"model.weights='{folder}'"] if encoder else []))
+    assert any(layer.bits for layer in layers)
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -200,3 +212,123 @@ def test_the_plan_predicts_the_bytes(tmp_path: Path, factory: str) -> None:
     assert sum(layer.nbytes for layer in layers) == metrics.sizes.palettes
     assert predicted == metrics.sizes.account
     assert predicted.stored == metrics.sizes.palettes + metrics.sizes.dense
+
+
+def _digits(*overrides: str) -> Recipe:
+    return load_recipe(RECIPES / "digits.toml", [*SHORT, "train.epochs=0", *overrides])
+
+
+def _weights(recipe: Recipe) -> dict[str, torch.Tensor]:
+    model, _ = run_recipe(recipe, _ignore)
+    return model.state_dict()
+
+
+def test_a_step_can_be_computed_in_parts() -> None:
+    # batch norm sees the parts, so a network without one
+    model = "model.factory='tests.test_distributed:Mlp'"
+    whole, parts = (
+        _weights(_digits(model, "compression.rules=[{bits=3}]", f"dkm.accumulate={count}"))
+        for count in (1, 3)
+    )
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "dkm.precision='bfloat16'",
+        "dkm.optimizer='sgd'",
+        "dkm.weight_decay=0.5",
+        "dkm.warmup_epochs=1",
+        "dkm.schedule='constant'",
+        "dkm.distillation=0.5",
+        "task.arguments={label_smoothing=0.3}",
+    ],
+)
+def test_every_setting_reaches_the_training(override: str) -> None:
+    plain, changed = (_weights(_digits(*more)) for more in ((), (override,)))
+    assert not torch.equal(plain["classifier.bias"], changed["classifier.bias"])
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in changed.values())
+
+
+def test_distillation_learns_from_the_float_model_alone() -> None:
+    class Watched(Digits):
+        teachers: ClassVar[list[torch.Tensor]] = []
+
+        def distillation(
+            self, output: torch.Tensor, teacher: torch.Tensor, temperature: float
+        ) -> torch.Tensor:
+            assert temperature == 3
+            assert output.requires_grad
+            assert not teacher.requires_grad
+            self.teachers.append(teacher)
+            return super().distillation(output, teacher, temperature)
+
+    globals()["Watched"] = Watched
+    task = "task={factory='tests.test_training:Watched'}"
+    settings = ("dkm.distillation=1", "dkm.distillation_temperature=3", "dkm.epochs=2")
+    recipe = _digits(task, *settings, "dkm.learning_rate=0.01")
+    run_recipe(recipe, _ignore)
+    # the float model's logits for the same images stay what they are, whatever the student does
+    torch.manual_seed(recipe.seed)
+    model = build_module(recipe.model.factory, {}).eval()
+    batches = Digits().batches("train", 512, seed=0)
+    for (inputs, _), teacher in zip(batches, Watched.teachers, strict=False):
+        torch.testing.assert_close(model(*inputs), teacher)
+
+
+def test_the_loss_of_distillation_is_zero_for_equals_and_keeps_its_scale() -> None:
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    task = Digits()
+    assert task.distillation(logits, logits.detach(), 2.0).item() == pytest.approx(0, abs=1e-6)
+    other = logits.detach().flip(0)
+    mild, hot = (task.distillation(logits, other, t).item() for t in (50.0, 100.0))
+    assert mild == pytest.approx(hot, rel=0.05)
+    expected = torch.nn.functional.kl_div(
+        logits.log_softmax(1), other.softmax(1), reduction="batchmean"
+    )
+    assert task.distillation(logits, other, 1.0).item() == pytest.approx(expected.item())
+
+
+def _scripted(monkeypatch: pytest.MonkeyPatch, metrics: list[float]) -> list[torch.Tensor]:
+    """Let `evaluate` return these metrics, one after another; the list gets the last weights."""
+    remaining, seen = iter(metrics), []
+
+    def evaluated(model: torch.nn.Module, task: Task) -> float:
+        seen.append(model.get_parameter("classifier.bias").detach().clone())
+        return next(remaining)
+
+    monkeypatch.setattr(stage, "evaluate", evaluated)
+    return seen
+
+
+@pytest.mark.parametrize(("keep", "epoch"), [("best", 2), ("last", 3)])
+def test_the_best_epoch_is_kept(monkeypatch: pytest.MonkeyPatch, keep: str, epoch: int) -> None:
+    # the float model; soft and hard of three epochs, of which two are as good; the end
+    seen = _scripted(monkeypatch, [90, 80, 70, 80, 70, 80, 60, 70])
+    recipe = _digits("dkm.epochs=3", f"dkm.keep={keep}")
+    with pytest.warns(DkmWarning):
+        model, metrics = run_recipe(recipe, _ignore)
+    assert [entry.hard for entry in metrics.epochs] == [70, 70, 60]
+    assert torch.equal(model.dense["classifier.bias"], seen[2 * epoch])
+    assert torch.equal(model.dense["classifier.bias"], seen[-1])
+
+
+def test_a_large_gap_between_soft_and_hard_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    _scripted(monkeypatch, [90, 90, 85, 90, 86, 86])
+    with pytest.warns(DkmWarning) as warned:
+        run_recipe(_digits("dkm.epochs=2"), _ignore)
+    (message,) = (str(warning.message) for warning in warned)
+    assert message.startswith("dkm epoch 1/2: hard weights reach 85.00 where soft ones reach 90.00")
+    assert "lower tau_end or train more epochs" in message
+
+
+def test_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_recipe("digits") == RECIPES / "digits.toml"
+    assert find_recipe("digits.toml") == Path("digits.toml")
+    monkeypatch.chdir(tmp_path)
+    Path("digits").touch()
+    assert find_recipe("digits") == Path("digits")
+    with pytest.raises(InvalidInput, match=r"'digit' is no file and no recipe: .* digits, "):
+        find_recipe("digit")

@@ -71,8 +71,8 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except OSError as error:
         raise InvalidInput(
-            f"{path}: {error.strerror}: 'model.weights' without a suffix names a folder with "
-            f"{CONFIG} and {WEIGHTS}"
+            f"{path}: {error.strerror}: name a folder with {CONFIG} and {WEIGHTS}, as Hugging "
+            "Face has them"
         ) from error
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}: not JSON: {error}") from error

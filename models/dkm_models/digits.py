@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dkm_export.errors import Unsupported
 from dkm_export.plugins import missing_packages
-from dkm_export.task import Batch, Split, Task
+from dkm_export.task import Batch, Split
+from dkm_models.classification import Classification
 
 _TEST_SHARE = 0.2
 _SPLIT_SEED = 0
@@ -56,10 +57,8 @@ def digits_cnn() -> DigitsCNN:
     return DigitsCNN()
 
 
-class Digits(Task):
+class Digits(Classification):
     """1,797 images of handwritten digits; a fixed, stratified 20 % of them is the test split."""
-
-    metric_name = "top-1 %"
 
     def size(self, split: Split) -> int:
         return len(self._splits[split][1])
@@ -72,12 +71,6 @@ class Digits(Task):
             order = torch.randperm(len(labels), generator=generator)
         for chosen in order.split(batch_size):
             yield (images[chosen],), labels[chosen]
-
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(output, target)
-
-    def metric(self, output: Tensor, target: Tensor) -> float:
-        return 100 * float((output.argmax(1) == target).double().mean())
 
     @cached_property
     def _splits(self) -> dict[Split, tuple[Tensor, Tensor]]:
