@@ -177,6 +177,13 @@ def replace_section(text: str, marker: str, content: str) -> str:
     return f"{before}{start}{content}\n{end}{after}"
 
 
+def section(text: str, marker: str) -> str:
+    """What stands between ``<!-- marker -->`` and ``<!-- end -->``."""
+    _, found, rest = text.partition(f"<!-- {marker} -->\n")
+    assert found, f"no section {marker}"
+    return rest.partition("<!-- end -->")[0]
+
+
 def write_report(path: Path, introduction: str, marker: str, content: str) -> None:
     """Write ``content`` into its section of a report; the other sections stay as they are."""
     text = path.read_text() if path.exists() else introduction

@@ -1,7 +1,8 @@
 """Measure the tables of README.md and write them into it: ``python benchmarks/readme_tables.py``.
 
 Digits: three seeds, trained, exported, and evaluated on every runtime that is here. MobileNet-v1:
-random weights at 224x224, so sizes and parity only. Takes about ten minutes on two cores.
+random weights at 224x224, so sizes and parity only. The other tables are copied from the pages that
+their own benchmarks wrote. Takes about ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 import dkm_models
-from benchmarks.measuring import replace_section, table
+from benchmarks.measuring import replace_section, section, table
 from dkm_export.checking.check import check
 from dkm_export.checking.report import Report, Status
 from dkm_export.checkpoint import save_checkpoint
@@ -24,6 +25,12 @@ from dkm_export.training.stage import run_recipe
 README = Path(__file__).parents[1] / "README.md"
 RECIPES = Path(dkm_models.__path__[0]) / "recipes"
 SEEDS = (0, 1, 2)
+COPIED = {
+    "paper-sizes": ("paper_sizes.md", "sizes"),
+    "glyphs-accuracy": ("accuracy.md", "methods"),
+    "encoder": ("minilm.md", "settings"),
+}
+"""Sections of README.md, and where their tables come from."""
 
 
 def measure(recipe: str, folder: Path, overrides: Sequence[str]) -> tuple[Report, int]:
@@ -62,6 +69,12 @@ def sizes(report: Report, checkpoint: int) -> Iterable[Sequence[str]]:
             )
 
 
+def copy(page: str, marker: str) -> str:
+    """The table in a section of another benchmark's page."""
+    lines = section(Path(__file__).with_name(page).read_text(), marker).splitlines()
+    return "\n".join(line for line in lines if line.startswith("|"))
+
+
 def main() -> None:
     """Measure everything and rewrite README.md between its markers."""
     with tempfile.TemporaryDirectory() as name:
@@ -91,6 +104,7 @@ def main() -> None:
     )
     header = ("", "bytes", "ratio", "runtime", "relative L2 to PyTorch")
     parts = {
+        **{name: copy(*source) for name, source in COPIED.items()},
         "digits-accuracy": accuracy,
         "digits-sizes": table(header, sizes(*digits[0])),
         "mobilenet-sizes": table(header, sizes(*mobilenet)),

@@ -34,7 +34,7 @@ def test_no_font_is_in_both_splits() -> None:
 
 def test_every_font_draws_every_character(task: Glyphs) -> None:
     for drawn in task._drawn.values():
-        assert (drawn.min(), drawn.max()) == (0, 1)
+        assert (drawn.min().item(), drawn.max().item()) == (0, 1)
         for font in drawn:
             assert len(font.flatten(1).unique(dim=0)) == len(CHARACTERS)
         ink = drawn > 0.5
@@ -49,9 +49,8 @@ def test_every_font_draws_every_character(task: Glyphs) -> None:
 
 def test_the_splits_are_balanced_and_large_enough(task: Glyphs) -> None:
     assert (task.size("train"), task.size("test")) == (9_300, 6_200)
-    for split, seed in (("train", 3), ("test", None)):
-        images, labels = whole(task, split, seed)  # type: ignore[arg-type]
-        assert images.shape == (task.size(split), 1, 28, 28)  # type: ignore[arg-type]
+    for images, labels in (whole(task, "train", 3), whole(task, "test")):
+        assert images.shape == (len(labels), 1, 28, 28)
         assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
         assert set(labels.bincount().tolist()) == {len(labels) // 62}
         assert 0.5 < images.abs().max() < 2
@@ -88,23 +87,6 @@ def test_the_network_is_mostly_large_layers() -> None:
     sizes = [parameter.numel() for parameter in model.parameters()]
     assert sum(sizes) == 234_726
     assert sum(size for size in sizes if size >= 10_000) > 0.99 * sum(sizes)
-
-
-def test_it_can_be_learned(task: Glyphs) -> None:
-    torch.manual_seed(0)
-    model = glyphs_cnn()
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    losses = []
-    for (images,), target in task.batches("train", 128, seed=0):
-        optimizer.zero_grad()
-        loss = task.loss(model(images), target)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if len(losses) == 40:
-            break
-    assert losses[0] > 4
-    assert losses[-1] < 2.5
 
 
 def test_a_font_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
