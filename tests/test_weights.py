@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dkm_export.cli.main import main
 from dkm_export.errors import InvalidInput
 from dkm_export.training.recipe import load_recipe
 from dkm_export.training.stage import run_recipe
@@ -161,3 +162,34 @@ def test_a_config_that_nests_without_end_is_no_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(InvalidInput, match="not JSON"):
         read_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "message"),
+    [
+        ("resnet18_imagenet", (), "resnet18.pth: no such file: name yours with model.weights"),
+        ("resnet18_imagenet", ("model.weights=w.safetensors",), "misses weights for bn1.bias"),
+        (
+            "glyphs",
+            ("task.factory=dkm_models.imagefolder:ImageFolder", "task.arguments.root=photos"),
+            "photos: no such folder: name the one that holds train and val",
+        ),
+        ("distilbert_glue", (), "distilbert/config.json: No such file or directory: name a folder"),
+    ],
+)
+def test_what_a_recipe_lacks_is_named_with_exit_code_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recipe: str,
+    settings: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"fc.bias": torch.zeros(1000)}, "w.safetensors")
+    options = [part for setting in settings for part in ("--set", setting)]
+    assert main(["compress", recipe, "-o", "run", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dkm: error: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
