@@ -33,6 +33,8 @@ epochs = 1
 batch_size = 95
 [dkm]
 epochs = 2
+distillation = 0.25
+accumulate = 2
 batch_size = 95
 learning_rate = 1e-4
 [compression]

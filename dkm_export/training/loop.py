@@ -205,7 +205,7 @@ def restore_best(run: Run, phase: Phase) -> None:
 def _loss(run: Run, phase: Phase, batch: Batch) -> Tensor:
     """What a part of a batch contributes: the task's loss and that of the distillation."""
     device, dkm = run.world.device, run.recipe.dkm
-    inputs, target = (tuple(tensor.to(device) for tensor in batch[0]), batch[1].to(device))
+    inputs, target = tuple(tensor.to(device) for tensor in batch[0]), batch[1].to(device)
     lower = phase.section.precision == "bfloat16"
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=lower):
         loss, output = task_loss(phase.replica, run.task, inputs, target)
