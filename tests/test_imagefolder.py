@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.task import Split, batches_of, size_of
@@ -128,13 +129,39 @@ def test_the_seed_decides_what_images_become(root: Path) -> None:
     assert not any(torch.equal(first, second) for first in images for second in other)
 
 
-def test_workers_change_nothing(root: Path) -> None:
+def test_workers_change_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = []
+
+    def remember(*arguments: Any, **options: Any) -> DataLoader[Any]:
+        workers.append(options["num_workers"])
+        return DataLoader(*arguments, **options)
+
+    monkeypatch.setattr("dkm_models.imagefolder.DataLoader", remember)
     splits: tuple[tuple[Split, int | None], ...] = (("train", 5), ("test", None))
     for split, seed in splits:
         alone = whole(ImageFolder(str(root), 16), split, seed)
         helped = whole(ImageFolder(str(root), 16, workers=2), split, seed)
         assert torch.equal(alone[0], helped[0])
         assert torch.equal(alone[1], helped[1])
+    assert workers == [0, 2, 0, 2]
+
+
+def test_shuffled_images_keep_their_labels(root: Path) -> None:
+    for file in (root / "train").glob("*/*.png"):
+        Image.new("RGB", (50, 36), "white" if file.parent.name == "dog" else "black").save(file)
+    for workers in (0, 2):
+        images, labels = whole(ImageFolder(str(root), 8, workers), "train", seed=1)
+        assert torch.equal((images > 0).flatten(1).all(1), labels == 1)
+
+
+def test_crops_of_training_are_averaged(root: Path) -> None:
+    stripes = numpy.zeros((36, 50, 3), numpy.uint8)
+    stripes[:, ::2] = 255
+    for file in (root / "train").glob("*/*.png"):
+        Image.fromarray(stripes).save(file)
+    images = whole(ImageFolder(str(root), 4), "train", seed=0)[0]
+    shades = images * torch.tensor(DEVIATION).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    assert 0.1 < shades.min() < shades.max() < 0.9  # a chosen pixel would be 0 or 1
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])

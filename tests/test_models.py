@@ -60,6 +60,30 @@ def test_published_weights_would_load(
     assert model.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 1000)
 
 
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        (mobilenet_v1, (-267.2258, -35.2496, -96.7955)),
+        (mobilenet_v2, (1.43, 0.1402, 1.8508)),
+        (resnet18, (96.6417, 75.9874, -323.0581)),
+        (resnet50, (-1325375.9, -2723395.2, -2509993.0)),
+    ],
+)
+def test_networks_compute_what_the_published_ones_do(
+    factory: Callable[[], nn.Module], expected: tuple[float, ...]
+) -> None:
+    """Logits of torchvision 0.28's networks, v1's of marvis' layers, with these numbers in them."""
+    model, generator = factory().eval(), torch.Generator().manual_seed(0)
+    for tensor in model.state_dict().values():
+        if tensor.dim() > 1:
+            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
+        elif tensor.is_floating_point():
+            tensor.uniform_(0.5, 2, generator=generator)  # large enough for ReLU6 to cut
+    image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    logits = model(image)[0, :3]
+    torch.testing.assert_close(logits, torch.tensor(expected), rtol=1e-3, atol=1e-2)
+
+
 def test_mobilenet_v2_adds_what_it_can() -> None:
     model = mobilenet_v2(10).eval()
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -72,7 +96,10 @@ def test_mobilenet_v2_adds_what_it_can() -> None:
             assert torch.equal(block(image), expected)
         image = block(image)
         assert image.shape == (1, width, side, side)
-    assert [type(layer) for layer in model.classifier] == [nn.Dropout, nn.Linear]
+    dropout, linear = model.classifier
+    assert isinstance(dropout, nn.Dropout)
+    assert dropout.p == 0.2
+    assert isinstance(linear, nn.Linear)
 
 
 def test_random_weights_depend_on_the_seed_alone() -> None:
