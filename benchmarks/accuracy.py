@@ -43,9 +43,9 @@ same few. Everything else is a method's default: coremltools' absolute temperatu
 the error of each layer and falling. Our default temperatures were chosen on this task,
 with seeds 0, 1 and 3, out of five that differed by less than the seeds do.
 
-Scalars at 2 bits are as good as coremltools' or a little better; at dims 4 and 8 ours are a few tenths
-of a point behind, about as much as the seeds differ. One iteration instead of three, the absolute
-temperature of coremltools, and the other gradients did not close that gap.
+Scalars at 2 bits are as good as coremltools' or a little better; at dims 4 and 8 ours are a few
+tenths of a point behind, about as much as the seeds differ. One iteration instead of three, the
+absolute temperature of coremltools, and the other gradients did not close that gap.
 
 What is printed is top-1 in percent: the mean over three seeds, and the lowest and highest of them.
 """
