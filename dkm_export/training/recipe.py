@@ -77,7 +77,7 @@ class DkmSection(TrainSection, DkmSettings):
 
     Attributes:
         tau: as in `DkmSettings`, of the first epoch.
-        tau_end: of the last epoch; in between it falls geometrically.
+        tau_end: of the last epoch, or the only one; in between it falls geometrically.
         distillation: share of the loss that compares with the float model's output, 0 to 1; the
             rest is the task's loss.
         distillation_temperature: softens the logits that are compared.

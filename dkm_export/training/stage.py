@@ -188,8 +188,8 @@ def _fine_tune(
     phase = begin(run, "dkm", section, standing, teacher=teacher, keep_best=best)
     epochs = standing.epochs if standing else ()
     for epoch in phase.remaining:
-        fall = (epoch - 1) / max(1, section.epochs - 1)
-        tau = section.tau * (section.tau_end / section.tau) ** fall
+        left = (section.epochs - epoch) / max(1, section.epochs - 1)
+        tau = section.tau_end * (section.tau / section.tau_end) ** left
         set_temperature(run.model, tau)
         loss = train_epoch(run, phase, epoch)
         run.model.eval()
