@@ -20,7 +20,7 @@ from torch import Tensor
 from dkm_export import __version__
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
-from dkm_export.files import CHECKPOINT, staged
+from dkm_export.files import CHECKPOINT, sha256, staged
 from dkm_export.palette import Palette, unpack
 from dkm_export.palettized import ModelSource, PalettizedModel
 from dkm_export.spec import CompressionSpec, Frozen
@@ -97,7 +97,13 @@ def load_checkpoint(path: Path) -> PalettizedModel:
             raise InvalidInput(f"{path}: {name}: {error}") from error
     try:
         return PalettizedModel(
-            header.source, header.spec, palettes, tensors, header.metrics, header.ties
+            header.source,
+            header.spec,
+            palettes,
+            tensors,
+            header.metrics,
+            header.ties,
+            sha256(path),
         )
     except InvalidInput as error:
         raise InvalidInput(f"{path}: {error}") from error

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from dkm_export.errors import InvalidInput
 from dkm_export.palette import Layout, lut_size, packed_size
-from dkm_export.spec import CompressionSpec, LayerKind
+from dkm_export.spec import CompressionSpec, LayerKind, Lut
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of weights that can be palettized."""
@@ -29,6 +29,7 @@ class LayerPlan:
         bits: bits per index, or None when the weight stays dense.
         reason: why it stays dense, or an empty string.
         tied_to: name of an earlier layer whose palette is this one's too, or an empty string.
+        lut: what the centroids are rounded to.
         freeze: whether the palette is made once and not trained.
     """
 
@@ -38,6 +39,7 @@ class LayerPlan:
     bits: int | None
     reason: str = ""
     tied_to: str = ""
+    lut: Lut = "float16"
     freeze: bool = False
 
     @property
@@ -89,11 +91,11 @@ def plan(model: nn.Module, spec: CompressionSpec) -> list[LayerPlan]:
         entry = plans[index]
         first = owners.setdefault(id(weight), entry)
         if first is not entry and (first.bits, entry.bits) != (None, None):
-            same = (entry.bits, entry.layout, entry.freeze)
-            if (first.bits, first.layout, first.freeze) != same:
+            same = (entry.bits, entry.layout, entry.lut, entry.freeze)
+            if (first.bits, first.layout, first.lut, first.freeze) != same:
                 raise InvalidInput(
                     f"{first.name} and {name} are one tied weight: give both the same bits, dim, "
-                    "axis, groups and freeze, or skip both"
+                    "axis, groups, lut and freeze, or skip both"
                 )
             plans[index] = replace(entry, tied_to=first.name)
         if entry.bits is not None and weight.dtype not in _DTYPES:
@@ -140,7 +142,7 @@ def _plan_layer(
         raise InvalidInput(f"{name}: {error}") from error
     if _palette_bytes(layout, rule.bits) >= 2 * layout.size:
         return LayerPlan(name, kind, layout, None, "a palette would be no smaller than float16")
-    return LayerPlan(name, kind, layout, rule.bits, freeze=rule.freeze)
+    return LayerPlan(name, kind, layout, rule.bits, lut=rule.lut, freeze=rule.freeze)
 
 
 def _palette_bytes(layout: Layout, bits: int) -> int:

@@ -130,6 +130,25 @@ def lut_size(layout: Layout, bits: int) -> int:
     return 2 * layout.groups * layout.dim * (1 << bits)
 
 
+def to_int8_grid(lut: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    """Round ``[groups, k, dim]`` so that each group is int8 times a power of two.
+
+    Such values are float16 numbers too, so the same palette serves targets with and without int8.
+    """
+    scale = _int8_steps(lut)
+    grid: npt.NDArray[np.float16] = (np.rint(lut / scale) * scale + 0.0).astype(np.float16)
+    return grid
+
+
+def _int8_steps(lut: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """The least power of two of each group that brings its values to at most 127."""
+    largest = np.abs(lut.astype(np.float32)).max((1, 2), keepdims=True)
+    # at least the smallest float16 above 0, so that the steps are float16 numbers
+    exponents = np.ceil(np.log2(np.maximum(largest / 127, 2.0**-24)))
+    steps: npt.NDArray[np.float32] = np.exp2(exponents).astype(np.float32)
+    return steps
+
+
 @dataclass(frozen=True, eq=False)
 class Palette:
     """A palettized weight.
@@ -174,6 +193,19 @@ class Palette:
     def packed(self) -> npt.NDArray[np.uint8]:
         """The indices in ``ceil(n * bits / 8)`` bytes, little-endian."""
         return pack(self.indices, self.bits)
+
+    @cached_property
+    def int8_lut(self) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]] | None:
+        """The LUT as int8 ``[groups, 2**bits, dim]`` times float16 ``[groups, 1, 1]``.
+
+        None where that is not the same value for value. The factors are powers of two, as those
+        of `to_int8_grid`.
+        """
+        scale = _int8_steps(self.lut)
+        steps = self.lut.astype(np.float32) / scale
+        if (steps != np.rint(steps)).any() or np.signbit(self.lut[self.lut == 0]).any():
+            return None
+        return steps.astype(np.int8), scale.astype(np.float16)
 
     @property
     def nbytes(self) -> int:

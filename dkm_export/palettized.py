@@ -155,6 +155,7 @@ class PalettizedModel:
         dense: the rest of the state dict: biases, batch norm, layers left alone.
         ties: names of parameters that are another one of ``palettes``, with its name.
         metrics: the task's metric where it was measured: ``fp32`` before, ``hard`` after.
+        sha256: of the checkpoint that this was read from, or an empty string.
     """
 
     source: ModelSource
@@ -163,6 +164,7 @@ class PalettizedModel:
     dense: Mapping[str, Tensor]
     metrics: Mapping[str, float] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
+    sha256: str = ""
 
     def __post_init__(self) -> None:
         names = [*self.palettes, *self.dense, *self.ties]

@@ -20,7 +20,7 @@ from dkm_export.clustering import (
 )
 from dkm_export.errors import InvalidInput
 from dkm_export.layers import LayerPlan
-from dkm_export.palette import Layout, Palette
+from dkm_export.palette import Layout, Palette, to_int8_grid
 from dkm_export.sharding import Part, full, version
 from dkm_export.spec import CompressionSpec, Frozen
 
@@ -84,7 +84,7 @@ class DkmWeight(nn.Module):
         assert layer.bits is not None
         self.names, self.layout, self.bits = [layer.name], layer.layout, layer.bits
         self.spec, self.settings = spec, settings
-        self.frozen = layer.freeze
+        self.lut, self.frozen = layer.lut, layer.freeze
         # Of a version of the weight: the centroids it started from, and what it looks like.
         self._start: tuple[object, Tensor] | None = None
         self._soft: tuple[object, Tensor] | None = None
@@ -128,9 +128,9 @@ class DkmWeight(nn.Module):
     def palette(self, weight: Tensor) -> Palette:
         """The weight with every vector snapped to its nearest centroid.
 
-        The centroids are rounded to float16 before the assignment, so that a float16 target
-        holds the very values that the indices were chosen for. Every process that holds a part
-        of the weight has to call it.
+        The centroids are rounded to float16 or the int8 grid before the assignment, so that a
+        target holds the very values that the indices were chosen for. Every process that holds a
+        part of the weight has to call it.
         """
         if not bool(self.centroids.abs().max() <= _LARGEST_FLOAT16):
             raise InvalidInput(
@@ -140,6 +140,9 @@ class DkmWeight(nn.Module):
         weight = full(weight.detach())
         self._state(weight, Part(self.names[0], weight, self.layout))
         lut = self.centroids.half()
+        if self.lut == "int8":
+            grid = to_int8_grid(self.centroids.float().cpu().numpy())
+            lut = torch.from_numpy(grid).to(lut.device)
         vectors = _vectors(weight, self.layout).to(self.centroids.dtype)
         indices = assign(vectors, lut.to(vectors.dtype))
         return Palette(

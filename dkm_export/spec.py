@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -24,6 +24,7 @@ class LayerKind(StrEnum):
 # strict: true, "4" and 4.0 are no numbers of bits
 Bits = Annotated[int, Field(ge=1, le=MAX_BITS, strict=True)]
 Dim = Annotated[int, Field(ge=1, le=MAX_DIM, strict=True)]
+Lut = Literal["float16", "int8"]
 
 
 class Frozen(BaseModel):
@@ -42,6 +43,8 @@ class LayerRule(Frozen):
         dim: consecutive weights along ``axis`` that share one index.
         axis: 0 is the output channel of convolutions and linear layers.
         groups: even splits of axis 0 that get a LUT each.
+        lut: ``int8`` rounds each LUT to int8 times a power of two, which every target holds and
+            Core ML can store in half the bytes.
         freeze: palettize once, before the training, and train only the other layers around it.
         skip: leave the layers dense.
     """
@@ -52,6 +55,7 @@ class LayerRule(Frozen):
     dim: Dim = 1
     axis: Annotated[int, Field(ge=0)] = 0
     groups: Annotated[int, Field(ge=1)] = 1
+    lut: Lut = "float16"
     freeze: bool = False
     skip: bool = False
 
@@ -87,5 +91,5 @@ class CompressionSpec(Frozen):
         if rule is None or rule.skip:
             return None
         if size < self.small_layer_size:
-            return LayerRule(bits=self.small_layer_bits, freeze=rule.freeze)
+            return LayerRule(bits=self.small_layer_bits, lut=rule.lut, freeze=rule.freeze)
         return rule

@@ -42,11 +42,11 @@ class Capabilities:
         """Why the target cannot hold ``palette`` and what it could hold, or None."""
         layout = palette.layout
         if palette.bits not in self.bits:
-            return f"bits {palette.bits} cannot be held, allowed: {_listed(self.bits)}"
+            return f"bits {palette.bits} cannot be held, {_allowed(self.bits, palette.bits)}"
         if layout.dim > self.max_dim:
             return f"dim {layout.dim} cannot be held, allowed: 1 to {self.max_dim}"
         if self.axes is not None and layout.dim > 1 and layout.axis not in self.axes:
-            return f"axis {layout.axis} cannot be held, allowed: {_listed(self.axes)}"
+            return f"axis {layout.axis} cannot be held, {_allowed(self.axes, layout.axis)}"
         if layout.groups > 1 and not self.groups:
             return f"groups {layout.groups} cannot be held, allowed: 1"
         if layout.padding and not self.padding:
@@ -54,7 +54,7 @@ class Capabilities:
             divisors = [dim for dim in range(1, self.max_dim + 1) if size % dim == 0]
             return (
                 f"dim {layout.dim} does not divide axis {layout.axis} of size {size}, "
-                f"allowed: {_listed(divisors)}"
+                f"{_allowed(divisors, layout.dim)}"
             )
         return None
 
@@ -73,7 +73,7 @@ class Exporter(ABC, Generic[Options]):
         target: name on the command line, of the extra and of the output folder.
         suffix: of its artifacts, ``.onnx``.
         packages: importable packages that it needs, from the extra of the target's name.
-        capabilities: the palettes that it can hold.
+        capabilities: the palettes that it can hold with its default options.
         options: settings of the target, given as ``--set <target>.<key>=<value>``.
     """
 
@@ -94,9 +94,14 @@ class Exporter(ABC, Generic[Options]):
             Unsupported: with the layer, the value and the allowed values.
         """
         for name, palette in model.palettes.items():
-            reason = self.capabilities.refusal(palette)
+            reason = self.refusal(palette, options)
             if reason:
-                raise Unsupported(f"{self.target}: {name}: {reason}; change its rule in the recipe")
+                raise Unsupported(f"{self.target}: {name}: {reason}")
+
+    def refusal(self, palette: Palette, options: Options) -> str | None:
+        """Why the target cannot hold ``palette`` and what to do about it, or None."""
+        reason = self.capabilities.refusal(palette)
+        return reason and f"{reason}; change its rule in the recipe"
 
     @abstractmethod
     def lower(
@@ -123,5 +128,6 @@ class Exporter(ABC, Generic[Options]):
         """
 
 
-def _listed(values: Sequence[int]) -> str:
-    return ", ".join(str(value) for value in values)
+def _allowed(values: Sequence[int], wanted: int) -> str:
+    nearest = min(values, key=lambda value: abs(value - wanted))
+    return f"allowed: {', '.join(map(str, values))} (nearest: {nearest})"

@@ -1,12 +1,13 @@
-"""Core ML: an ``.mlpackage`` for iOS 18 and macOS 15 whose weights stay LUTs and indices."""
+"""Core ML: an ``.mlpackage`` whose weights stay LUTs and indices."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from dkm_export.exporting import Capabilities, Exporter
-from dkm_export.spec import Frozen
+from dkm_export.exporting import Exporter
+from dkm_exporters.coreml.options import FULL
+from dkm_exporters.coreml.options import CoreMLOptions as CoreMLOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,25 +16,48 @@ if TYPE_CHECKING:
     from dkm_export.palettized import PalettizedModel
 
 
-class CoreMLOptions(Frozen):
-    """Settings of the target.
-
-    Attributes:
-        precision: of activations, LUTs and dense weights. The Neural Engine computes fp16 only;
-            inputs and outputs are float32 (or int32) either way.
-    """
-
-    precision: Literal["fp16", "fp32"] = "fp16"
-
-
 class CoreMLExporter(Exporter[CoreMLOptions]):
     """An ML program with one ``constexpr_lut_to_dense`` per palette; batch norms stay separate."""
 
     target = "coreml"
     suffix = ".mlpackage"
     packages = ("coremltools",)
-    capabilities = Capabilities(bits=(1, 2, 3, 4, 6, 8), padding=False)
+    capabilities = FULL
     options = CoreMLOptions
+
+    def requires(self, model: PalettizedModel, options: CoreMLOptions) -> None:
+        """Refuse, before any work, what the deployment target or the model cannot have.
+
+        Raises:
+            InvalidInput: when an option does not fit the model.
+            Unsupported: with the layer, the value and the allowed values.
+        """
+        options.require_fit(model.source)
+        super().requires(model, options)
+
+    def refusal(self, palette: Palette, options: CoreMLOptions) -> str | None:
+        """Why the deployment target cannot hold ``palette`` and what to do about it, or None."""
+        held = options.capabilities
+        if held is None:
+            return "iOS15 holds no palettes: set coreml.deployment_target=iOS16 or a later one"
+        reason = held.refusal(palette)
+        if reason and FULL.refusal(palette) is None:
+            return (
+                f"{reason} on {options.deployment_target}; change its rule in the recipe, or set "
+                "coreml.deployment_target=iOS18, which holds it"
+            )
+        if options.lut == "int8" and not reason:
+            if held is not FULL:
+                return (
+                    f"{options.deployment_target} has no int8 LUTs: set coreml.lut=float or "
+                    "coreml.deployment_target=iOS18"
+                )
+            if palette.int8_lut is None:
+                return (
+                    "its LUT is not int8 times a power of two: set coreml.lut=float, or "
+                    'lut = "int8" in its rule in the recipe'
+                )
+        return reason and f"{reason}; change its rule in the recipe"
 
     def lower(
         self, model: PalettizedModel, module: nn.Module, folder: Path, options: CoreMLOptions
@@ -48,8 +72,8 @@ class CoreMLExporter(Exporter[CoreMLOptions]):
         from dkm_exporters.coreml.finishing import finish
 
         path = folder / f"{model.source.name}{self.suffix}"
-        operations = convert(model, module, path, options.precision)
-        finish(path, model, operations)
+        operations = convert(model, module, path, options)
+        finish(path, model, operations, options)
         return path
 
     def read_palettes(self, artifact: Path) -> dict[str, Palette]:

@@ -11,8 +11,10 @@ from typing import Any, Final
 
 from coremltools.proto import Model_pb2
 
+from dkm_export import __version__
 from dkm_export.errors import Unsupported
 from dkm_export.palettized import PalettizedModel
+from dkm_exporters.coreml.options import CoreMLOptions
 from dkm_exporters.coreml.palettes import LAYERS_KEY, LUT_TO_DENSE, Layer, layers_metadata
 
 _AUTHOR: Final = "com.apple.CoreML"
@@ -20,13 +22,20 @@ _MODEL: Final = f"{_AUTHOR}/model.mlmodel"
 _WEIGHTS: Final = f"{_AUTHOR}/weights"
 
 
-def finish(path: Path, model: PalettizedModel, operations: Mapping[str, str]) -> None:
+_IMAGES_KEY: Final = "dkm_export.images"
+"""User-defined metadata: JSON of `ImageInput` by the name of the input."""
+
+
+def finish(
+    path: Path, model: PalettizedModel, operations: Mapping[str, str], options: CoreMLOptions
+) -> None:
     """Check the package at ``path`` against ``model`` and write its model and manifest anew.
 
     Args:
         path: of the ``.mlpackage``.
         model: what it was converted from.
         operations: parameter name by the name of the operation that decodes its palette.
+        options: it was converted with.
 
     Raises:
         Unsupported: when a palette ended up dense, or an input or output got another name.
@@ -35,11 +44,7 @@ def finish(path: Path, model: PalettizedModel, operations: Mapping[str, str]) ->
     spec = Model_pb2.Model.FromString(file.read_bytes())
     _check_palettes(spec, operations)
     _check_names(spec, model)
-    layers = {
-        operation: Layer(name=parameter, axis=model.palettes[parameter].layout.axis)
-        for operation, parameter in operations.items()
-    }
-    spec.description.metadata.userDefined[LAYERS_KEY] = layers_metadata(layers)
+    _describe(spec.description.metadata, model, operations, options)
     file.write_bytes(spec.SerializeToString(deterministic=True))
     (path / "Manifest.json").write_text(_manifest())
     # coremltools makes these readable for their owner only.
@@ -63,10 +68,39 @@ def _check_palettes(spec: Any, operations: Mapping[str, str]) -> None:
             )
 
 
+def _describe(
+    metadata: Any, model: PalettizedModel, operations: Mapping[str, str], options: CoreMLOptions
+) -> None:
+    """What Xcode shows of the model, and what `dkm` reads back."""
+    metadata.author, metadata.license = options.author, options.license
+    metadata.versionString, metadata.shortDescription = options.version, options.description
+    # the one thing in a package that another day would change
+    metadata.userDefined.pop("com.github.apple.coremltools.conversion_date", None)
+    layers = {}
+    for operation, parameter in operations.items():
+        palette = model.palettes[parameter]
+        layers[operation] = Layer(
+            name=parameter,
+            bits=palette.bits,
+            dim=palette.layout.dim,
+            axis=palette.layout.axis,
+        )
+    metadata.userDefined[LAYERS_KEY] = layers_metadata(layers)
+    metadata.userDefined["dkm_export.version"] = __version__
+    if model.sha256:
+        metadata.userDefined["dkm_export.checkpoint_sha256"] = model.sha256
+    if options.images:
+        images = {name: image.model_dump() for name, image in options.images.items()}
+        metadata.userDefined[_IMAGES_KEY] = json.dumps(images, sort_keys=True)
+
+
 def _check_names(spec: Any, model: PalettizedModel) -> None:
     source, description = model.source, spec.description
     expected = [*(entry.name for entry in source.inputs), *source.outputs]
-    actual = [entry.name for entry in (*description.input, *description.output)]
+    own = {description.predictedFeatureName, description.predictedProbabilitiesName}
+    actual = [
+        entry.name for entry in (*description.input, *description.output) if entry.name not in own
+    ]
     for ours, theirs in zip(expected, actual, strict=True):
         if ours != theirs:
             raise Unsupported(

@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from dkm_export.errors import InvalidInput
 from dkm_export.palette import MAX_DIM, Layout, Palette, unpack
-from dkm_export.spec import Frozen
+from dkm_export.spec import Bits, Dim, Frozen
 from dkm_exporters.coreml.package import Array, Operation, Package
 
 LUT_TO_DENSE: Final = "constexpr_lut_to_dense"
@@ -23,14 +23,18 @@ LAYERS_KEY: Final = "dkm_export.layers"
 
 
 class Layer(Frozen):
-    """What the operation itself cannot say about a palette.
+    """What a palette is to the checkpoint; the operation itself cannot say all of it.
 
     Attributes:
         name: full parameter name; names in a program have no dots.
+        bits: per index.
+        dim: weights per index.
         axis: of the layout, which a palette of single weights has no use for.
     """
 
     name: str
+    bits: Bits
+    dim: Dim
     axis: Annotated[int, Field(ge=0)]
 
 
@@ -107,8 +111,9 @@ def read_palettes(path: Path) -> dict[str, Palette]:
     palettes = {}
     for name, operation in operations.items():
         lut = read_lut(package, operation)
-        layer = layers.get(name) or Layer(name=name, axis=lut.axis or 0)
-        palettes[layer.name] = _palette(package, layer, lut)
+        layer = layers.get(name)
+        own, axis = (layer.name, layer.axis) if layer else (name, lut.axis or 0)
+        palettes[own] = _palette(package, own, axis, lut)
     return palettes
 
 
@@ -149,22 +154,22 @@ def _layers(package: Package, operations: Mapping[str, Any]) -> dict[str, Layer]
     return layers
 
 
-def _palette(package: Package, layer: Layer, lut: Lut) -> Palette:
+def _palette(package: Package, name: str, axis: int, lut: Lut) -> Palette:
     groups, entries, dim = lut.table.shape[0], *lut.table.shape[-2:]
     if math.prod(lut.table.shape[1:-2]) > 1:
-        raise package.unsupported(f"{layer.name}: groups along other axes than 0 are not known")
+        raise package.unsupported(f"{name}: groups along other axes than 0 are not known")
     with np.errstate(over="ignore"):
         table = lut.table.astype(np.float16)
     if not np.array_equal(table.astype(lut.table.dtype), lut.table):
-        raise package.unsupported(f"{layer.name}: its LUT is not representable in float16")
-    if lut.axis not in (None, layer.axis):
-        raise package.invalid(f"{layer.name}: vectors lie along axis {lut.axis}, not {layer.axis}")
+        raise package.unsupported(f"{name}: its LUT is not representable in float16")
+    if lut.axis not in (None, axis):
+        raise package.invalid(f"{name}: vectors lie along axis {lut.axis}, not {axis}")
     shape = list(lut.indices.shape)
     try:
-        shape[layer.axis] *= dim
-        layout = Layout(tuple(shape), dim, layer.axis, groups)
+        shape[axis] *= dim
+        layout = Layout(tuple(shape), dim, axis, groups)
         return Palette(
             entries.bit_length() - 1, layout, table.reshape(groups, entries, dim), lut.indices
         )
     except (InvalidInput, IndexError) as error:
-        raise package.invalid(f"{layer.name}: {error}") from error
+        raise package.invalid(f"{name}: {error}") from error
