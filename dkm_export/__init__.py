@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from dkm_export.errors import DkmError, ExitCode, GateFailed, InvalidInput, Unsupported
     from dkm_export.exporting.export import export
+    from dkm_export.folding import fold_before_training
     from dkm_export.palette import Layout, Palette
     from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
     from dkm_export.parametrization import DkmSettings
@@ -40,6 +41,7 @@ _HOME = {
     ),
     "errors": ("DkmError", "ExitCode", "GateFailed", "InvalidInput", "Unsupported"),
     "exporting.export": ("export",),
+    "folding": ("fold_before_training",),
     "palette": ("Layout", "Palette"),
     "palettized": ("InputSpec", "ModelSource", "PalettizedModel"),
     "parametrization": ("DkmSettings",),
@@ -66,6 +68,7 @@ __all__ = [
     "Unsupported",
     "export",
     "finalize",
+    "fold_before_training",
     "freeze",
     "load_checkpoint",
     "measure_sensitivity",

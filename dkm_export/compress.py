@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dkm_export.errors import InvalidInput
+from dkm_export.folding import folded_norms
 from dkm_export.layers import LayerPlan, plan, require_palettes
 from dkm_export.palettized import ModelSource, PalettizedModel
 from dkm_export.parametrization import DkmSettings, DkmWeight
@@ -193,11 +194,13 @@ def finalize(
         metrics: see `PalettizedModel`.
 
     Raises:
-        InvalidInput: when ``model`` was not prepared, or weights or centroids are not finite.
+        InvalidInput: when ``model`` was not prepared, its batch norms are not what ``source`` says,
+            or weights or centroids are not finite.
     """
     layers = list(_prepared(model))
     if not layers:
         raise InvalidInput("the model has no DKM layers: call prepare(model, spec) first")
+    _require_agreement(model, source)
     palettes = {dkm.names[0]: dkm.palette(weight) for dkm, weight in layers}
     ties = {name: dkm.names[0] for dkm, _ in layers for name in dkm.names[1:]}
     names = [*palettes, *ties]
@@ -208,6 +211,21 @@ def finalize(
         if not name.startswith(prefixes)
     }
     return PalettizedModel(source, layers[0][0].spec, palettes, dense, metrics or {}, ties)
+
+
+def _require_agreement(model: nn.Module, source: ModelSource) -> None:
+    """What could not be built again should show here."""
+    folded = folded_norms(model)
+    if folded and source.batch_norm == "separate":
+        raise InvalidInput(
+            f"the batch norm {folded[0]} was folded into the layer before it: give the source "
+            "batch_norm='fold-before-training'"
+        )
+    if not folded and source.batch_norm != "separate":
+        raise InvalidInput(
+            f"the source says batch_norm='{source.batch_norm}' and no batch norm of the model was "
+            "folded: call fold_before_training(model, inputs) before prepare"
+        )
 
 
 def _prepared(model: nn.Module) -> Iterator[tuple[DkmWeight, Tensor]]:

@@ -1,20 +1,23 @@
 """Fold batch norm into the layer before it, without touching a palette.
 
 A target's own fold multiplies the dense weight by a factor per channel, which turns 16 distinct
-values into thousands. Here the factor becomes the palette's ``scale``.
+values into thousands. There are two ways around that: fold before there are palettes, which are
+then those of folded weights; or let the factor become the palette's ``scale``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import warnings
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from dkm_export.errors import Unsupported
+from dkm_export.errors import DkmWarning, InvalidInput, Unsupported
 from dkm_export.palette import Palette
 
 _OUTPUT_AXIS: Final[Mapping[type[nn.Module], int]] = {
@@ -31,6 +34,109 @@ _OUTPUT_AXIS: Final[Mapping[type[nn.Module], int]] = {
 Types are compared exactly, here and below: a subclass may compute anything.
 """
 _BATCH_NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Which batch norms of a module can be folded.
+
+    Attributes:
+        pairs: paths of each layer and of the batch norm that can become a part of it.
+        others: paths of the modules whose batch norm has to stay.
+    """
+
+    pairs: Sequence[tuple[str, str]] = ()
+    others: Sequence[str] = ()
+
+    def warn_of_others(self) -> None:
+        """Say which batch norms stay, if any."""
+        if self.others:
+            warnings.warn(
+                f"batch norm stays separate in {_listed(self.others)}: only one that directly "
+                "follows a layer, with nothing else in between or attached, can be folded",
+                DkmWarning,
+                stacklevel=2,
+            )
+
+
+def fold_before_training(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Fold batch norms, in place, before `prepare` makes palettes of the weights.
+
+    In eval mode ``module`` computes what it did, up to rounding. Trained further, it takes no batch
+    statistics any more. `finalize` then needs a source with ``batch_norm="fold-before-training"``.
+    A warning names the batch norms that stay, for the reasons in `fold_batch_norm`.
+
+    Args:
+        module: trained, in train or eval mode, in float32.
+        inputs: example inputs of ``forward``, where the module is: ``source.example_inputs()``.
+
+    Raises:
+        InvalidInput: when no batch norm can be folded.
+        Unsupported: when torch.export cannot trace ``module``.
+    """
+    folds = find_folds(module, inputs)
+    folds.warn_of_others()
+    fold(module, folds)
+
+
+def find_folds(module: nn.Module, inputs: tuple[Tensor, ...]) -> Folds:
+    """What `fold_before_training` would fold; values of weights and statistics do not matter.
+
+    Raises:
+        InvalidInput: when no batch norm can be folded.
+        Unsupported: when torch.export cannot trace ``module``.
+    """
+    with _evaluating(module):
+        folds = _folds(module, inputs)
+    if not folds.pairs:
+        found = f"that in {_listed(folds.others)} does not" if folds.others else "it has none"
+        raise InvalidInput(
+            "batch_norm = 'fold-before-training' needs a batch norm in the model that directly "
+            f"follows a convolution or linear layer: {found}: set it to 'separate'"
+        )
+    return folds
+
+
+def fold(module: nn.Module, folds: Folds) -> dict[str, Tensor]:
+    """Fold the pairs of ``folds`` in ``module``, in place, whatever mode it is in.
+
+    Returns:
+        What the weight of each of these layers was multiplied by, by parameter name.
+    """
+    with torch.no_grad():
+        return {
+            f"{layer}.weight": _absorb(module.get_submodule(layer), module.get_submodule(norm))
+            for layer, norm in folds.pairs
+        }
+
+
+def fold_like(module: nn.Module, state: Container[str]) -> None:
+    """Give a module as its factory made it the structure of a folded one, to load a state into.
+
+    The state's keys decide: whatever could be folded was, and it has left no statistics.
+
+    Args:
+        module: not folded.
+        state: keys of the state dict of the same model after `fold_before_training`.
+    """
+    for path, part in module.named_modules():
+        if type(part) in _BATCH_NORMS:
+            if part.running_mean is not None and f"{path}.running_mean" not in state:
+                _become_identity(part)
+        elif type(part) in _OUTPUT_AXIS and part.bias is None and f"{path}.bias" in state:
+            weight = part.weight
+            assert isinstance(weight, Tensor)
+            channels = weight.shape[_OUTPUT_AXIS[type(part)]]
+            part.bias = nn.Parameter(weight.new_zeros(channels))
+
+
+def folded_norms(module: nn.Module) -> list[str]:
+    """Paths of the batch norms of ``module`` that were folded."""
+    return [
+        path
+        for path, part in module.named_modules()
+        if type(part) is nn.Identity and "running_mean" in vars(part)
+    ]
 
 
 def fold_batch_norm(
@@ -59,12 +165,10 @@ def fold_batch_norm(
         Unsupported: when torch.export cannot trace ``module``.
     """
     folded = dict(palettes)
-    with torch.no_grad():
-        for layer, norm in _pairs(module, inputs):
-            scale = _absorb(module.get_submodule(layer), module.get_submodule(norm))
-            name = ties.get(f"{layer}.weight", f"{layer}.weight")
-            if name in folded:
-                folded[name] = replace(folded[name], scale=scale.numpy())
+    for weight, scale in fold(module, _folds(module, inputs)).items():
+        name = ties.get(weight, weight)
+        if name in folded:
+            folded[name] = replace(folded[name], scale=scale.numpy())
     return folded
 
 
@@ -77,8 +181,8 @@ def _absorb(layer: nn.Module, norm: nn.Module) -> Tensor:
     along[_OUTPUT_AXIS[type(layer)]] = -1
     scale = factor.reshape(along)
     bias = layer.bias * factor + shift if isinstance(layer.bias, Tensor) else shift
-    layer.weight = nn.Parameter(weight * scale, requires_grad=False)
-    layer.bias = nn.Parameter(bias, requires_grad=False)
+    layer.weight = nn.Parameter(weight * scale, weight.requires_grad)
+    layer.bias = nn.Parameter(bias, weight.requires_grad)
     _become_identity(norm)
     return scale
 
@@ -107,11 +211,10 @@ def _become_identity(norm: nn.Module) -> None:
     norm.__class__ = nn.Identity
 
 
-def _pairs(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, str]]:
-    """The paths of each layer and of the batch norm that can be folded into it."""
+def _folds(module: nn.Module, inputs: tuple[Tensor, ...]) -> Folds:
     program = _trace(module, inputs)
     modules = dict(module.named_modules())
-    pairs = []
+    pairs, others = [], []
     for node in program.graph.nodes:
         if node.target is not torch.ops.aten.batch_norm.default:
             continue
@@ -127,12 +230,32 @@ def _pairs(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, str
             and _channels_match(before.meta["val"], modules[layer])
         ):
             pairs.append((layer, norm))
-    return pairs
+        else:
+            others.append(norm.partition("@")[0] or type(module).__name__)
+    return Folds(pairs, list(dict.fromkeys(others)))
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Within it, ``module`` is in eval mode; afterwards each part is in its own again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def _trace(module: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     try:
-        return torch.export.export(module, inputs)
+        with torch.no_grad():
+            return torch.export.export(module, inputs)
     except Exception as error:  # tracing runs the model's own code
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Unsupported(

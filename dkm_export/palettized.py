@@ -13,6 +13,7 @@ from pydantic import Field, StringConstraints, model_validator
 from torch import Tensor, nn
 
 from dkm_export.errors import InvalidInput
+from dkm_export.folding import fold_like
 from dkm_export.palette import Palette
 from dkm_export.references import TaskSource, build_module
 from dkm_export.spec import CompressionSpec, Frozen
@@ -21,6 +22,8 @@ from dkm_export.task import Task, size_of
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=100)]
 """An identifier that is safe as a file name and as a generated Swift or Kotlin name."""
 
+BatchNorm = Literal["separate", "fold-before-training"]
+"""What becomes of batch norm, see `ModelDescription`."""
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -90,6 +93,8 @@ class ModelDescription(Frozen):
         arguments: keyword arguments for the factory, plain JSON values.
         inputs: in the order of ``forward``'s parameters.
         outputs: names of the outputs, in the order that ``forward`` returns them.
+        batch_norm: ``separate`` keeps it as an operation of its own; with ``fold-before-training``
+            it is a part of the layer before it, see `dkm_export.folding.fold_before_training`.
     """
 
     name: Name
@@ -97,6 +102,7 @@ class ModelDescription(Frozen):
     arguments: dict[str, Any] = Field(default_factory=dict)
     inputs: Annotated[tuple[InputSpec, ...], Field(min_length=1)]
     outputs: Annotated[tuple[Name, ...], Field(min_length=1)] = ("output",)
+    batch_norm: BatchNorm = "separate"
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """Inputs to trace the model with, always the same."""
@@ -185,7 +191,10 @@ class PalettizedModel:
         # Half-precision weights are deployed from their float16 LUTs like all others.
         if any(tensor.dtype in _HALF for tensor in module.state_dict().values()):
             module.float()
-        load_state(module, self.state_dict(), f"the model of '{self.source.factory}'")
+        state = self.state_dict()
+        if self.source.batch_norm == "fold-before-training":
+            fold_like(module, state)
+        load_state(module, state, f"the model of '{self.source.factory}'")
         # A factory may leave it to the training to tie weights.
         parameters = dict(module.named_parameters(remove_duplicate=False))
         for name in self.ties.keys() & parameters.keys():

@@ -17,7 +17,7 @@ from dkm_export.checkpoint import load_checkpoint, save_checkpoint
 from dkm_export.cli.main import main
 from dkm_export.errors import InvalidInput
 from dkm_export.files import files_below
-from dkm_export.palettized import InputSpec
+from dkm_export.palettized import BatchNorm, InputSpec
 from dkm_export.spec import LayerRule
 from dkm_export.task import Split
 from dkm_exporters.onnx import OnnxExporter
@@ -212,13 +212,19 @@ def test_a_cut_checkpoint_is_wrong_input(dkm: Dkm, copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("factory", "inputs"),
-    [("convolutions", IMAGE), ("tokens", TOKENS), ("arithmetic", ROW)],
+    ("factory", "inputs", "batch_norm"),
+    [
+        ("convolutions", IMAGE, "separate"),
+        ("convolutions", IMAGE, "fold-before-training"),
+        ("tokens", TOKENS, "separate"),
+        ("arithmetic", ROW, "separate"),
+    ],
 )
 def test_networks_of_other_kinds(
-    dkm: Dkm, tmp_path: Path, factory: str, inputs: tuple[InputSpec, ...]
+    dkm: Dkm, tmp_path: Path, factory: str, inputs: tuple[InputSpec, ...], batch_norm: BatchNorm
 ) -> None:
-    model = palettize(f"tests.zoo:{factory}", inputs, LayerRule(bits=3, dim=2))
+    rule = LayerRule(bits=3, dim=2)
+    model = palettize(f"tests.zoo:{factory}", inputs, rule, batch_norm=batch_norm)
     save_checkpoint(model, tmp_path / "model.dkm.safetensors")
     code, found = dkm("export", "--target", "all", tmp_path, "-o", tmp_path / "out")
     assert code == 0, found

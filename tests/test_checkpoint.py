@@ -12,10 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dkm_export.checkpoint import load_checkpoint, save_checkpoint
+from dkm_export.compress import finalize, prepare
 from dkm_export.errors import InvalidInput
-from dkm_export.palettized import PalettizedModel
-from dkm_export.spec import LayerRule
-from tests.zoo import IMAGE, palettize
+from dkm_export.folding import fold_before_training
+from dkm_export.palettized import ModelSource, PalettizedModel
+from dkm_export.spec import CompressionSpec, LayerRule
+from tests.zoo import IMAGE, convolutions, palettize
 
 NAME = "stem.0.weight"
 
@@ -44,6 +46,40 @@ def test_round_trip_and_same_bytes(model: PalettizedModel, file: Path, tmp_path:
     assert again.read_bytes() == file.read_bytes()
 
 
+def test_folded_batch_norm_survives_the_round_trip(tmp_path: Path) -> None:
+    module, path = convolutions(), tmp_path / "model.dkm.safetensors"
+    source = ModelSource(
+        name="net",
+        factory="tests.zoo:convolutions",
+        inputs=IMAGE,
+        batch_norm="fold-before-training",
+    )
+    fold_before_training(module, source.example_inputs())
+    prepare(module, CompressionSpec(rules=(LayerRule(bits=4),)))
+    save_checkpoint(finalize(module, source), path)
+    loaded = load_checkpoint(path)
+    assert loaded.source.batch_norm == "fold-before-training"
+    assert not any("running" in name for name in loaded.dense)
+    inputs = source.example_inputs()
+    assert torch.equal(loaded.build()(*inputs), module.eval()(*inputs))
+
+
+def test_a_checkpoint_that_says_nothing_of_batch_norm_has_it_separate(
+    model: PalettizedModel, file: Path
+) -> None:
+    _rewrite(file, lambda header, tensors: header["source"].pop("batch_norm"))
+    loaded = load_checkpoint(file)
+    assert loaded.source == model.source
+    assert loaded.build().state_dict().keys() == model.build().state_dict().keys()
+
+
+def test_a_checkpoint_whose_tensors_are_not_folded(file: Path) -> None:
+    _rewrite(file, lambda h, t: h["source"].update(batch_norm="fold-before-training"))
+    _rewrite(file, lambda h, t: t.pop("stem.1.running_mean"))
+    with pytest.raises(InvalidInput, match=r"does not have stem.1.bias, stem.1.num_batches"):
+        load_checkpoint(file).build()
+
+
 def test_an_existing_file_needs_force(model: PalettizedModel, file: Path) -> None:
     before = file.read_bytes()
     with pytest.raises(InvalidInput, match="--force"):
@@ -61,7 +97,9 @@ def test_every_truncation_is_refused(file: Path, tmp_path: Path) -> None:
             load_checkpoint(cut)
 
 
-def _rewrite(file: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
+def _rewrite(
+    file: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
+) -> None:
     with safe_open(file, framework="pt") as opened:
         header = json.loads(opened.metadata()["dkm"])
         tensors = {name: opened.get_tensor(name) for name in opened.offset_keys()}

@@ -56,6 +56,20 @@ class Mlp(nn.Module):
         return y
 
 
+class Normed(Mlp):
+    """`Mlp` with a batch norm whose statistics, once folded, no process's share changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(32)
+        assert self.norm.running_var is not None
+        self.norm.running_var.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, image: Tensor) -> Tensor:
+        y: Tensor = self.last(torch.tanh(self.norm(self.hidden(image.flatten(1)))))
+        return y
+
+
 class Odd(Digits):
     """1,426 examples: 15 batches of 95, which are not even, and one of a single example."""
 
@@ -155,6 +169,18 @@ def _assert_same_model(actual: Path, expected: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
+    two, one = (ResumeFile(tmp_path / f"{name}.resume.safetensors") for name in ("two", "one"))
+    call = "import sys; from tests.test_distributed import train; train(*sys.argv[1:])"
+    assert _ranks("-c", call, recipe, two.path) == [(0, ""), (0, "")]
+    run_recipe(load_recipe(recipe), _ignore, resume=one)
+    _assert_same_model(two.path, one.path)
+
+
+@pytest.mark.slow
+def test_folded_batch_norm_does_not_depend_on_the_processes(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    text = recipe.read_text().replace("epochs = 1", "epochs = 0").replace(":Mlp", ":Normed")
+    recipe.write_text(text.replace("[model]", "[model]\nbatch_norm = 'fold-before-training'"))
     two, one = (ResumeFile(tmp_path / f"{name}.resume.safetensors") for name in ("two", "one"))
     call = "import sys; from tests.test_distributed import train; train(*sys.argv[1:])"
     assert _ranks("-c", call, recipe, two.path) == [(0, ""), (0, "")]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,9 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from dkm_export.errors import Unsupported
-from dkm_export.folding import fold_batch_norm
+from dkm_export.compress import finalize, prepare
+from dkm_export.errors import DkmWarning, InvalidInput, Unsupported
+from dkm_export.folding import fold_batch_norm, fold_before_training, fold_like
 from dkm_export.palette import Layout, Palette
+from dkm_export.palettized import BatchNorm, ModelSource
+from dkm_export.spec import CompressionSpec, LayerRule
+from tests.zoo import IMAGE, Convolutions, convolutions
 
 
 def _norms(module: nn.Module) -> int:
@@ -458,3 +463,96 @@ def test_a_model_that_cannot_be_traced_is_unsupported_in_one_line() -> None:
     ) as e:
         fold_batch_norm(_randomize(_Untraceable()), {}, (torch.randn(2, 3, 8, 8),))
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_before_training_outputs_stay_and_weights_train_on(training: bool) -> None:
+    module = convolutions()
+    inputs = (torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)),)
+    expected = module(*inputs)
+    module.train(training)
+    module.get_submodule("stem").eval()
+    fold_before_training(module, inputs)
+    assert _norms(module) == 0
+    assert (module.training, module.get_submodule("stem.0").training) == (training, False)
+    actual = module.eval()(*inputs)
+    error = (actual - expected).norm() / expected.norm()
+    assert error.item() <= 1e-6
+    actual.sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_a_frozen_layer_stays_frozen() -> None:
+    module = _Net()
+    module.conv.weight.requires_grad_(False)
+    fold_before_training(module, (torch.randn(2, 3, 8, 8),))
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _partly() -> nn.Module:
+    """The second batch norm follows an activation, the third has no statistics."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6)),
+        *(nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6, track_running_stats=False)),
+        nn.Conv2d(6, 6, 1, bias=False),
+    )
+
+
+@pytest.mark.parametrize(
+    ("factory", "shape", "others"),
+    [
+        (Convolutions, (1, 3, 16, 16), []),
+        (_partly, (2, 3, 8, 8), ["3", "5"]),
+    ],
+)
+def test_a_folded_state_fits_the_factory_s_model_again(
+    factory: Callable[[], nn.Module], shape: tuple[int, ...], others: list[str]
+) -> None:
+    module, inputs = _randomize(factory()), (torch.randn(shape),)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DkmWarning)
+        fold_before_training(module, inputs)
+    said = [str(warning.message) for warning in caught]
+    expected = f"batch norm stays separate in {', '.join(others)}: only one that directly follows"
+    assert [message[: len(expected)] for message in said] == [expected] * bool(others)
+    again = factory()
+    fold_like(again, module.state_dict())
+    again.load_state_dict(module.state_dict())
+    assert _norms(again) == _norms(module) == len(others)
+    assert torch.equal(again.eval()(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 6, 3)), "it has none"),
+        (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), "that in 1 does not"),
+        (_NormTwice(), "that in bn does not"),
+        (_FunctionalNorm(), "that in _FunctionalNorm does not"),
+    ],
+)
+def test_nothing_to_fold_is_an_error(module: nn.Module, found: str) -> None:
+    with pytest.raises(
+        InvalidInput, match=rf"^batch_norm = 'fold-before-training' needs .*: {found}: set it to"
+    ):
+        fold_before_training(module, (torch.randn(2, 3, 8, 8),))
+
+
+@pytest.mark.parametrize(
+    ("folded", "batch_norm", "message"),
+    [
+        (True, "separate", "batch norm stem.1 was folded .* batch_norm='fold-before-training'"),
+        (False, "fold-before-training", "no batch norm .* call fold_before_training"),
+    ],
+)
+def test_the_source_says_what_was_done(folded: bool, batch_norm: BatchNorm, message: str) -> None:
+    module = convolutions()
+    source = ModelSource(
+        name="net", factory="tests.zoo:convolutions", inputs=IMAGE, batch_norm=batch_norm
+    )
+    if folded:
+        fold_before_training(module, source.example_inputs())
+    prepare(module, CompressionSpec(rules=(LayerRule(bits=4),)))
+    with pytest.raises(InvalidInput, match=message):
+        finalize(module, source)

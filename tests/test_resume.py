@@ -118,9 +118,13 @@ def _ignore(status: str, done: int, total: int) -> None:
     pass
 
 
+@pytest.mark.parametrize("batch_norm", ["separate", "fold-before-training"])
 @pytest.mark.parametrize("status", ["fp32 epoch 2", "clustering", "dkm epoch 1", "dkm epoch 2"])
-def test_going_on_from_every_stage(recipe: Path, status: str, tmp_path: Path) -> None:
-    short = load_recipe(recipe, ["train.epochs=2", "dkm.epochs=2"])
+def test_going_on_from_every_stage(
+    recipe: Path, status: str, batch_norm: str, tmp_path: Path
+) -> None:
+    settings = ["train.epochs=2", "dkm.epochs=2", f"model.batch_norm={batch_norm}"]
+    short = load_recipe(recipe, settings)
     file = ResumeFile(tmp_path / "x.resume.safetensors")
     _cut_off(short, file, status)
     trained: list[str] = []

@@ -107,6 +107,13 @@ def test_a_pickle_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
             ["model.inputs=[{name='x', shape=[1, 1, 9, 9]}]"],
             "task 'Digits': input 'x' is torch.float32",
         ),
+        (
+            [
+                "model.factory='tests.test_distributed:Mlp'",
+                "model.batch_norm='fold-before-training'",
+            ],
+            "^batch_norm = 'fold-before-training' needs .*: it has none: set it to 'separate'",
+        ),
         (["compression.rules=[]"], "no layer of the model becomes a palette"),
         (["compression.rules=[{bits=true}]"], "'compression.rules.0.bits': Input should be a val"),
         (["dkm.tau=inf"], "'dkm.tau': Input should be a finite number"),
@@ -162,6 +169,7 @@ def test_what_is_measured_soft_and_what_hard(monkeypatch: pytest.MonkeyPatch) ->
         ("colour=1", "'colour': unknown key, allowed: seed, task, model"),
         ("model.name=a/b", "'model.name': String should match"),
         ("dkm.epochs=-1", "'dkm.epochs': Input should be greater than or equal to 0"),
+        ("model.batch_norm=fold", "'separate' or 'fold-before-training'"),
         ("dkm.tau_unit=volts", "'inertia' or 'absolute'"),
         ("seed.x=1", "'seed' is not a table"),
         ("nonsense", "write key=value"),
@@ -212,6 +220,62 @@ def test_the_plan_predicts_the_bytes(tmp_path: Path, factory: str) -> None:
     assert sum(layer.nbytes for layer in layers) == metrics.sizes.palettes
     assert predicted == metrics.sizes.account
     assert predicted.stored == metrics.sizes.palettes + metrics.sizes.dense
+
+
+def test_batch_norm_is_folded_between_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms, teachers = [], []
+
+    def watched(model: torch.nn.Module, task: Task) -> float:
+        norms.append(sum(isinstance(part, torch.nn.BatchNorm2d) for part in model.modules()))
+        return evaluate(model, task)
+
+    class Watched(Digits):
+        def distillation(
+            self, output: torch.Tensor, teacher: torch.Tensor, temperature: float
+        ) -> torch.Tensor:
+            teachers.append(teacher)
+            return super().distillation(output, teacher, temperature)
+
+    monkeypatch.setattr(stage, "evaluate", watched)
+    globals()["Watched"] = Watched
+    recipe = load_recipe(
+        RECIPES / "digits.toml",
+        [
+            *(*SHORT, "train.epochs=1", "dkm.sensitivity_batches=1", "dkm.distillation=0.5"),
+            "model.batch_norm='fold-before-training'",
+            "task.factory='tests.test_training:Watched'",
+        ],
+    )
+    layers, predicted = plan_recipe(recipe)
+    model, metrics = run_recipe(recipe, _ignore)
+    assert norms == [4, 0, 0, 0]  # the float model; soft and hard of an epoch; the end
+    assert teachers
+    assert predicted == metrics.sizes.account
+    assert "batch norm" not in {line.kind for line in predicted.lines}
+    assert {layer.name for layer in layers if layer.bits} == model.palettes.keys()
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in model.build().modules())
+
+
+def test_batch_norms_that_stay_are_said_once_before_the_training(tmp_path: Path) -> None:
+    recipe = _digits(
+        "model.factory='tests.test_training:_half_normed'",
+        "model.batch_norm=fold-before-training",
+        "compression.rules=[{bits=3}]",
+        "dkm.epochs=0",
+    )
+    for run in (plan_recipe, lambda recipe: run_recipe(recipe, _ignore)):
+        with pytest.warns(DkmWarning) as warned:
+            run(recipe)
+        (message,) = (str(warning.message) for warning in warned)
+        assert message.startswith("batch norm stays separate in 4: only one that directly follows")
+
+
+def _half_normed() -> torch.nn.Module:
+    hidden = torch.nn.Linear(64, 96)
+    return torch.nn.Sequential(
+        *(torch.nn.Flatten(), hidden, torch.nn.BatchNorm1d(96), torch.nn.ReLU()),
+        *(torch.nn.BatchNorm1d(96), torch.nn.Linear(96, 10)),
+    )
 
 
 def _digits(*overrides: str) -> Recipe:

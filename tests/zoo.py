@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dkm_export.compress import finalize, prepare
-from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
+from dkm_export.folding import fold_before_training
+from dkm_export.palettized import BatchNorm, InputSpec, ModelSource, PalettizedModel
 from dkm_export.references import build_module
 from dkm_export.spec import CompressionSpec, LayerRule
 
@@ -137,11 +138,18 @@ def untied() -> nn.Module:
 
 
 def palettize(
-    factory: str, inputs: tuple[InputSpec, ...], *rules: LayerRule, small_layer_size: int = 0
+    factory: str,
+    inputs: tuple[InputSpec, ...],
+    *rules: LayerRule,
+    small_layer_size: int = 0,
+    batch_norm: BatchNorm = "separate",
 ) -> PalettizedModel:
     """Post-training palettization of a factory's model."""
     module = build_module(factory, {})
     spec = CompressionSpec(rules=rules, small_layer_size=small_layer_size)
-    prepare(module, spec)
     name = factory.rpartition(":")[2]
-    return finalize(module, ModelSource(name=name, factory=factory, inputs=inputs))
+    source = ModelSource(name=name, factory=factory, inputs=inputs, batch_norm=batch_norm)
+    if batch_norm == "fold-before-training":
+        fold_before_training(module, source.example_inputs())
+    prepare(module, spec)
+    return finalize(module, source)

@@ -19,6 +19,7 @@ from dkm_export.compress import (
     soft_weights,
 )
 from dkm_export.errors import DkmWarning, InvalidInput
+from dkm_export.folding import Folds, find_folds, fold
 from dkm_export.layers import LayerPlan, plan, require_palettes
 from dkm_export.palettized import PalettizedModel
 from dkm_export.references import build_module
@@ -56,6 +57,7 @@ def plan_recipe(recipe: Recipe) -> tuple[list[LayerPlan], Account]:
     """
     model = build_module(recipe.model.factory, recipe.model.arguments)
     layers = plan(model, recipe.compression)
+    fold(model, _folds(model, recipe))
     return layers, predict(layers, model.state_dict())
 
 
@@ -90,6 +92,7 @@ def run_recipe(
         model = _load_model(recipe)
         task = recipe.task.load() if recipe.task else None
         _try_out(model, task, recipe)
+        folds = _folds(model, recipe, world)
         standing = resume.standing(recipe) if resume else None
     if any(other != standing for other in gather(standing, world)):
         raise InvalidInput("not every process sees the same resume file: use a folder they share")
@@ -99,6 +102,7 @@ def run_recipe(
     run = Run(recipe, model, task, progress, world, resume, mark) if task else None
 
     fp32 = tuning.fp32 if tuning else _train_float(run, standing) if run else None
+    fold(model, folds)
     sensitivity = _sensitivity(run) if run and not tuning else None
     teacher = deepcopy(model).requires_grad_(False) if recipe.dkm.distillation else None
     prepare(
@@ -234,6 +238,16 @@ def _try_out(model: nn.Module, task: Task | None, recipe: Recipe) -> None:
         output, *_ = run_reference(model, inputs, recipe.model)
         metric_of(task, output[: len(target)], target)
         task_loss(model, task, inputs, target)
+
+
+def _folds(model: nn.Module, recipe: Recipe, world: World = ALONE) -> Folds:
+    """What the recipe wants folded once the float training is over."""
+    if recipe.model.batch_norm == "separate":
+        return Folds()
+    folds = find_folds(model, recipe.model.example_inputs())
+    if world.leads:
+        folds.warn_of_others()
+    return folds
 
 
 def _load_model(recipe: Recipe) -> nn.Module:
