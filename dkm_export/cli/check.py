@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from dkm_export.cli.terminal import Terminal, ratio
 from dkm_export.errors import ExitCode, InvalidInput
 
 if TYPE_CHECKING:
-    from dkm_export.checking.report import Report
+    from dkm_export.checking.report import Report, RuntimeReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +71,8 @@ def _names(values: list[str]) -> list[str]:
 
 
 def _print(report: Report, terminal: Terminal) -> None:
-    for owner, findings in report.suites:
+    runtimes = _merged(report.runtimes)
+    for owner, findings in report.model_copy(update={"runtimes": runtimes}).suites:
         for finding in findings:
             terminal.print(f"{finding.status:<8} {owner:<17} {finding.check:<17} {finding.message}")
     terminal.print()
@@ -78,7 +80,7 @@ def _print(report: Report, terminal: Terminal) -> None:
     pytorch = [_figure(report.metrics.get(name)) for name in ("fp32", "hard")]
     artifacts = {artifact.target: artifact for artifact in report.artifacts}
     rows = []
-    for runtime in report.runtimes:
+    for runtime in runtimes:
         artifact = artifacts[runtime.target]
         errors = [f"{fidelity.relative_l2:.1e}" for fidelity in runtime.fidelity.values()]
         rows.append(
@@ -115,6 +117,19 @@ def _print(report: Report, terminal: Terminal) -> None:
     terminal.print(
         "passed" if report.exit_code is ExitCode.OK else f"exit code {int(report.exit_code)}"
     )
+
+
+def _merged(runtimes: Sequence[RuntimeReport]) -> list[RuntimeReport]:
+    """One report for runtimes of a target that did not run for the same reason, with all names."""
+    groups: dict[object, list[RuntimeReport]] = {}
+    for runtime in runtimes:
+        idle = runtime.status == "not_run"
+        key = (runtime.target, runtime.findings) if idle else runtime.runtime
+        groups.setdefault(key, []).append(runtime)
+    return [
+        group[0].model_copy(update={"runtime": ", ".join(runtime.runtime for runtime in group)})
+        for group in groups.values()
+    ]
 
 
 def _figure(value: float | None) -> str:
