@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from dkm_export.checking.metrics import LIMITS
 from dkm_export.checking.runtime import NumericClass, Runtime
 from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.spec import LayerRule
@@ -211,3 +212,101 @@ def test_pixels_are_not_rounded() -> None:
 def test_damaged_metadata_of_images(text: str, convolutions: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"dkm_export\.images.*: export it again"):
         image_inputs(Package(with_images(convolutions, tmp_path, text)))
+
+
+def stored(values: bytes, entry: Mapping[str, Any], count: int) -> npt.NDArray[Any]:
+    """An array of the file of values, read as the Swift code does."""
+    dtype = np.dtype({"float32": "<f4", "int32": "<i4", "image": "u1"}[entry["kind"]])
+    size = count * int(np.prod(entry["shape"]))
+    array = np.frombuffer(values, dtype, size, entry["offset"])
+    return array.reshape(count, *entry["shape"])
+
+
+def test_a_device_test_holds_samples_and_limits(tokens: Path) -> None:
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, 96, (8, 1, 12))
+    logits = generator.normal(size=(8, 1, 12)).astype(np.float32)
+    best = logits.argmax(-1)
+    files = CoreMLNeuralEngineRuntime().device_test(
+        tokens, {"tokens": ids}, {"output": logits, "best": best}
+    )
+    prefix = Package(tokens).path.stem.capitalize()
+    assert sorted(files) == [
+        "README.md",
+        f"{prefix}Samples.bin",
+        f"{prefix}Samples.json",
+        f"{prefix}Tests.swift",
+    ]
+    layout = json.loads(files[f"{prefix}Samples.json"])
+    values = files[f"{prefix}Samples.bin"]
+    assert (layout["model"], layout["count"]) == (tokens.stem, 8)
+    limits = LIMITS[NumericClass.FP16]
+    assert layout["limits"] == {
+        "relativeL2": limits.relative_l2,
+        "rtol": limits.rtol,
+        "atol": limits.atol,
+        "sqnrDB": limits.sqnr_db,
+    }
+    (given,), (expected, last) = layout["inputs"], layout["outputs"]
+    assert (given["name"], given["kind"], given["shape"]) == ("tokens", "int32", [1, 12])
+    assert (expected["name"], expected["kind"]) == ("output", "float32")
+    assert np.array_equal(stored(values, given, 8), ids)
+    assert np.array_equal(stored(values, expected, 8), logits)
+    assert (last["name"], last["kind"], last["shape"]) == ("best", "int32", [1])
+    assert np.array_equal(stored(values, last, 8), best)
+    assert len(values) == 4 * (ids.size + logits.size + best.size)
+
+
+@pytest.mark.parametrize("layout", ["RGB", "BGR"])
+def test_a_device_test_holds_images(layout: str, convolutions: Path, tmp_path: Path) -> None:
+    image = ImageInput.model_validate(COLOR.model_dump() | {"color_layout": layout})
+    package = with_images(convolutions, tmp_path, described(image))
+    outputs = {"output": np.ones((4, 1, 24), np.float32)}
+    files = CoreMLRuntime().device_test(package, {"image": normalized(PIXELS, image)}, outputs)
+    data = {Path(name).suffix: content for name, content in files.items()}
+    layout_read = json.loads(data[".json"])
+    assert layout_read["limits"]["sqnrDB"] == LIMITS[NumericClass.FP32].sqnr_db
+    (entry,) = layout_read["inputs"]
+    assert (entry["kind"], entry["shape"]) == ("image", [16, 16, 4])
+    found = stored(data[".bin"], entry, 4)
+    channels = PIXELS[:, 0] if layout == "BGR" else PIXELS[:, 0, ::-1]
+    assert np.array_equal(found[..., :3], channels.transpose(0, 2, 3, 1))
+    assert (found[..., 3] == 255).all()
+    assert np.array_equal(stored(data[".bin"], layout_read["outputs"][0], 4), outputs["output"])
+    with pytest.raises(Unsupported, match="not an 8-bit image"):
+        CoreMLRuntime().device_test(package, {"image": normalized(PIXELS / 2, image)}, outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("digits_cnn", "DigitsCnn"), ("a", "A"), ('9"; exit(0) //', "Exit"), ("99", "Model")],
+)
+def test_swift_names_are_identifiers(name: str, prefix: str, tokens: Path, tmp_path: Path) -> None:
+    package = tmp_path / "folder" / f"{name.replace('/', ':')}.mlpackage"
+    shutil.copytree(tokens, package)
+    files = CoreMLRuntime().device_test(
+        package, {"tokens": np.zeros((1, 1, 12), np.int32)}, {"output": np.ones((1, 1, 12))}
+    )
+    swift = files[f"{prefix}Tests.swift"].decode()
+    assert f"final class {prefix}Tests: XCTestCase {{" in swift
+    assert f'"{prefix}Samples"' in swift
+    assert json.loads(files[f"{prefix}Samples.json"])["model"] == package.stem
+    for content in (swift, files["README.md"].decode()):
+        assert "__" not in content.replace(package.stem, "")
+    for opening, closing in ("()", "[]", "{}"):
+        assert swift.count(opening) == swift.count(closing)
+
+
+def test_the_swift_code_covers_units_and_measures() -> None:
+    import dkm_runtimes.coreml_device
+
+    swift = Path(dkm_runtimes.coreml_device.__file__).with_name("Tests.swift").read_text()
+    for units in (".all", ".cpuOnly", ".cpuAndGPU", ".cpuAndNeuralEngine"):
+        assert f"try check({units}, " in swift
+    for measure in (
+        "relative > limits.relativeL2 {",
+        "abs(error) > limits.atol * largest + limits.rtol * abs(reference)\n",
+        "sqnr < limits.sqnrDB {",
+    ):
+        assert measure in swift
+    assert not [line for line in swift.splitlines() if "try!" in line or "as!" in line]

@@ -34,22 +34,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_data_arguments(parser)
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit XML report")
-    parser.add_argument("--force", action="store_true", help="replace an existing report")
+    parser.add_argument(
+        "--device-test",
+        type=Path,
+        metavar="FOLDER",
+        help="when no check fails, write a test with samples and limits that an app's own tests "
+        "run on the device: an XCTest for Core ML",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace an existing report and device test"
+    )
 
 
 def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run ``dkm check``."""
     from dkm_export.checking.check import check
+    from dkm_export.checking.device import make_device_tests, write_device_tests
     from dkm_export.checking.junit import junit_xml
     from dkm_export.files import MANIFEST, require_replaceable, staged
 
-    if options.junit:
-        if any((folder / MANIFEST).is_file() for folder in options.junit.resolve().parents):
-            raise InvalidInput(f"{options.junit} lies in an export: name a file outside of it")
-        require_replaceable(options.junit, force=options.force)
+    for output, kind in ((options.junit, "file"), (options.device_test, "folder")):
+        if output is None:
+            continue
+        if any((folder / MANIFEST).is_file() for folder in output.resolve().parents):
+            raise InvalidInput(f"{output} lies in an export: name a {kind} outside of it")
+        require_replaceable(
+            output, force=options.force, folder=kind == "folder", sources=[options.path]
+        )
+    runtimes = _names(options.runtime)
+    device_tests = make_device_tests(options.path, runtimes) if options.device_test else {}
     report = check(
         options.path,
-        runtimes=_names(options.runtime),
+        runtimes=runtimes,
         required=_names(options.require),
         max_drop=options.max_drop,
         data=task_data(options),
@@ -59,6 +75,11 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     if options.junit:
         with staged(options.junit, force=options.force) as file:
             file.write_bytes(junit_xml(report))
+    if options.device_test and report.exit_code is ExitCode.GATE:
+        terminal.progress("no device test is written, because a check failed")
+    elif options.device_test:
+        write_device_tests(device_tests, options.device_test, force=options.force)
+        terminal.progress(f"device test: {options.device_test}")
     if terminal.json:
         terminal.result(report.to_json())
     else:

@@ -47,6 +47,22 @@ class CoreMLRuntime(Runtime):
         """
         return _Session(artifact, self.units)
 
+    def device_test(self, artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[str, bytes]:
+        """An XCTest of all compute units with its samples, and how to add it to an app.
+
+        Raises:
+            Unsupported: when the package takes an image and a sample is not an 8-bit one, or
+                coremltools, which reads the package, is not installed.
+            InvalidInput: when the package is malformed.
+        """
+        if missing := missing_packages(self.packages, self.target):
+            raise Unsupported(missing)
+        from dkm_exporters.coreml.package import Package
+        from dkm_runtimes.coreml_device import device_test
+
+        package = Package(artifact)
+        return device_test(package, _numeric_class(package), inputs, outputs)
+
 
 class CoreMLCPURuntime(CoreMLRuntime):
     """``MLModel.predict`` on the CPU."""
