@@ -12,11 +12,12 @@ from pathlib import Path
 from dkm_export.errors import InvalidInput
 from dkm_export.plugins import EXPORTERS, names_of
 
-# Names of the files in the folders that this tool writes: a run's and an export's.
+# Names of the files in the folders that this tool writes: a run's, an export's, a device test's.
 CHECKPOINT = "model.dkm.safetensors"
 METRICS = "metrics.json"
 MANIFEST = "manifest.json"
 SAMPLES = "samples.safetensors"
+DEVICE_TEST = "device_test.json"
 
 
 @contextmanager
@@ -93,8 +94,8 @@ def require_replaceable(
         kind = "link" if target.is_symlink() else "folder" if target.is_dir() else "file"
         raise InvalidInput(f"{target} is a {kind}, which --force does not replace: remove it first")
     names = {entry.name for entry in target.iterdir()} if folder else set()
-    ours = {CHECKPOINT, METRICS, MANIFEST, SAMPLES, *names_of(EXPORTERS)}
-    if names and not {CHECKPOINT} <= names <= ours:
+    ours = {CHECKPOINT, METRICS, MANIFEST, SAMPLES, DEVICE_TEST, *names_of(EXPORTERS)}
+    if names and not (names <= ours and names & {CHECKPOINT, DEVICE_TEST}):
         raise InvalidInput(
             f"{target} holds more than what dkm wrote, which --force does not replace: "
             "remove it first"

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import dkm_models
 from dkm_export.checkpoint import load_checkpoint, save_checkpoint
@@ -164,6 +165,55 @@ def test_nothing_passes_without_having_run(
     monkeypatch.setattr(OnnxExporter, "unavailable", lambda self: "not installed")
     code, report = dkm("check", file)
     assert (code, report["missing"]) == (4, ["the palettes of the onnx artifact were not read"])
+
+
+def test_device_tests(dkm: Dkm, copy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tests"
+    command = ("check", copy / "coreml" / "digits_cnn.mlpackage", "--device-test", folder)
+    assert dkm(*command)[0] == 0
+    written = {
+        file.relative_to(folder).as_posix(): file.read_bytes() for file in files_below(folder)
+    }
+    assert sorted(written) == [
+        "coreml/DigitsCnnSamples.bin",
+        "coreml/DigitsCnnSamples.json",
+        "coreml/DigitsCnnTests.swift",
+        "coreml/README.md",
+        "device_test.json",
+    ]
+    samples = load_file(copy / "samples.safetensors")
+    assert written["coreml/DigitsCnnSamples.bin"] == (
+        samples["input.image"].tobytes() + samples["output.logits"].tobytes()
+    )
+    manifest = json.loads((copy / "manifest.json").read_text())
+    origin = json.loads(written["device_test.json"])
+    assert origin["checkpoint_sha256"] == manifest["checkpoint"]["sha256"]
+
+    code, report = dkm(*command)
+    assert (code, "pass --force" in report["error"]["message"]) == (2, True)
+    (folder / "device_test.json").write_text("{}")
+    assert dkm(*command, "--force")[0] == 0
+    assert (folder / "device_test.json").read_bytes() == written["device_test.json"]
+    (folder / "coreml" / "README.md").unlink()
+    (copy / "coreml" / "digits_cnn.mlpackage" / "Manifest.json").write_text("{}")
+    assert dkm(*command, "--force")[0] == 2
+    assert len(files_below(folder)) == 4
+
+
+def test_device_tests_that_cannot_be_written(dkm: Dkm, export: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tests"
+    code, report = dkm("check", export, "--runtime", "onnxruntime", "--device-test", folder)
+    assert code == 4
+    assert report["error"]["message"].startswith("no runtime in use writes a device test for ")
+    code, report = dkm("check", export, "--device-test", export / "tests")
+    assert (code, "lies in an export: name a folder" in report["error"]["message"]) == (2, True)
+    code, report = dkm("check", export, "--device-test", folder, "--max-drop", "-100")
+    assert code == 3
+    folder.mkdir()
+    (folder / "precious").write_text("data")
+    code, report = dkm("check", export, "--device-test", folder, "--force")
+    assert (code, "remove it first" in report["error"]["message"]) == (2, True)
+    assert [file.name for file in folder.iterdir()] == ["precious"]
 
 
 def test_a_budget_for_the_accuracy(dkm: Dkm, export: Path) -> None:

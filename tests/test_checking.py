@@ -9,6 +9,8 @@ from dkm_export.checking.junit import junit_xml
 from dkm_export.checking.metrics import LIMITS, agreement, compare, sensitivity, violations
 from dkm_export.checking.report import ArtifactReport, Finding, Report, RuntimeReport, Status
 from dkm_export.checking.runtime import NumericClass
+from dkm_export.cli.check import _print
+from dkm_export.cli.terminal import Terminal
 from dkm_export.errors import ExitCode
 
 FP32 = LIMITS[NumericClass.FP32]
@@ -111,6 +113,35 @@ def _report(status: Status, ran: Status = Status.PASS, **values: object) -> Repo
 def test_exit_codes(report: Report, code: ExitCode) -> None:
     assert report.exit_code is code
     assert report.to_json()["exit_code"] == code
+
+
+def test_runtimes_that_did_not_run_alike_share_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def runtime(name: str, status: Status, message: str = "no Mac") -> RuntimeReport:
+        finding = Finding(check="run", status=status, message=message)
+        return RuntimeReport(runtime=name, target="onnx", where=f"on {name}", findings=(finding,))
+
+    runtimes = (
+        runtime("a", Status.NOT_RUN),
+        runtime("b", Status.NOT_RUN),
+        runtime("c", Status.NOT_RUN, "not installed"),
+        runtime("d", Status.ERROR),
+        runtime("e", Status.ERROR),
+    )
+    _print(_report(Status.PASS, runtimes=runtimes), Terminal())
+    lines = capsys.readouterr().out.splitlines()
+    found = [" ".join(line.split()) for line in lines if line.startswith(("not_run", "error"))]
+    assert found == [
+        "not_run a, b run no Mac",
+        "not_run c run not installed",
+        "error d run no Mac",
+        "error e run no Mac",
+    ]
+    assert [line.split("  ")[-1] for line in lines if "onnx/a.onnx" in line] == [
+        "a, b (on a)",
+        "c (on c)",
+        "d (on d)",
+        "e (on e)",
+    ]
 
 
 def test_junit_has_a_suite_per_runtime_and_artifact() -> None:

@@ -57,8 +57,8 @@ def check(
         InvalidInput: when there is no export at ``path``, its checkpoint or samples are malformed,
             or a runtime's name is unknown or fits no artifact.
     """
-    root, manifest, artifacts = _locate(path)
-    chosen = _choose(artifacts, runtimes, required)
+    root, manifest, artifacts = locate(path)
+    chosen = choose(artifacts, runtimes, required)
     progress("pytorch: reference")
     model = load_checkpoint(root / manifest.checkpoint.path)
     samples = load_samples(root / manifest.samples.path, model.source)
@@ -78,7 +78,8 @@ def check(
         with quiet(enabled=not verbose):
             structures.append(check_artifact(root, artifact, exporter, model))
         for runtime in (runtime for runtime in chosen if runtime.target == artifact.target):
-            progress(f"{runtime.name}: {runtime.where}")
+            if not runtime.unavailable():
+                progress(f"{runtime.name}: {runtime.where}")
             with quiet(enabled=not verbose):
                 runs.append(check_runtime(root / artifact.path, runtime, reference))
     return Report(
@@ -96,7 +97,12 @@ def check(
     )
 
 
-def _locate(path: Path) -> tuple[Path, Manifest, list[Artifact]]:
+def locate(path: Path) -> tuple[Path, Manifest, list[Artifact]]:
+    """The export's folder, its manifest, and the artifacts that ``path`` names: one, or all.
+
+    Raises:
+        InvalidInput: when ``path`` is neither an export nor an artifact of one.
+    """
     path = path.resolve()
     for root in (path, *path.parents):
         if (root / MANIFEST).is_file():
@@ -111,9 +117,14 @@ def _locate(path: Path) -> tuple[Path, Manifest, list[Artifact]]:
     return root, manifest, artifacts
 
 
-def _choose(
+def choose(
     artifacts: Sequence[Artifact], runtimes: Sequence[str], required: Sequence[str]
 ) -> list[Runtime]:
+    """The runtimes of these names, or all; ``required`` ones are among them.
+
+    Raises:
+        InvalidInput: when a name is unknown or its runtime fits no artifact.
+    """
     known: dict[str, Runtime] = discover(RUNTIMES)
     targets = [artifact.target for artifact in artifacts]
     named: list[Runtime] = select(known, [*runtimes, *required], "runtime")

@@ -68,3 +68,22 @@ class Runtime(ABC):
             Unsupported: when the runtime cannot execute it, with the operator or feature.
             InvalidInput: when the file is malformed.
         """
+
+    def device_test(self, artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[str, bytes]:
+        """A test for an app's own tests, which does on the device what `dkm check` does here.
+
+        It runs where this runtime may not: nothing is asked of `unavailable`.
+
+        Args:
+            artifact: the file or folder that the app holds.
+            inputs: samples by name of the input, ``[samples, *shape]`` as the model's source says.
+            outputs: what PyTorch computes for them by name of the output, ``[samples, *shape]``.
+
+        Returns:
+            Contents by name of the file; none for a runtime that writes no test.
+
+        Raises:
+            Unsupported: when the device could not be given these samples.
+            InvalidInput: when the artifact is malformed.
+        """
+        return {}

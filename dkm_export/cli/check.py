@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from dkm_export.cli.terminal import Terminal, ratio
 from dkm_export.errors import ExitCode, InvalidInput
 
 if TYPE_CHECKING:
-    from dkm_export.checking.report import Report
+    from dkm_export.checking.report import Report, RuntimeReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,22 +34,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_data_arguments(parser)
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit XML report")
-    parser.add_argument("--force", action="store_true", help="replace an existing report")
+    parser.add_argument(
+        "--device-test",
+        type=Path,
+        metavar="FOLDER",
+        help="when no check fails, write a test with samples and limits that an app's own tests "
+        "run on the device: an XCTest for Core ML",
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace an existing report and device test"
+    )
 
 
 def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run ``dkm check``."""
     from dkm_export.checking.check import check
+    from dkm_export.checking.device import make_device_tests, write_device_tests
     from dkm_export.checking.junit import junit_xml
     from dkm_export.files import MANIFEST, require_replaceable, staged
 
-    if options.junit:
-        if any((folder / MANIFEST).is_file() for folder in options.junit.resolve().parents):
-            raise InvalidInput(f"{options.junit} lies in an export: name a file outside of it")
-        require_replaceable(options.junit, force=options.force)
+    for output, kind in ((options.junit, "file"), (options.device_test, "folder")):
+        if output is None:
+            continue
+        if any((folder / MANIFEST).is_file() for folder in output.resolve().parents):
+            raise InvalidInput(f"{output} lies in an export: name a {kind} outside of it")
+        require_replaceable(
+            output, force=options.force, folder=kind == "folder", sources=[options.path]
+        )
+    runtimes = _names(options.runtime)
+    device_tests = make_device_tests(options.path, runtimes) if options.device_test else {}
     report = check(
         options.path,
-        runtimes=_names(options.runtime),
+        runtimes=runtimes,
         required=_names(options.require),
         max_drop=options.max_drop,
         data=task_data(options),
@@ -58,6 +75,11 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     if options.junit:
         with staged(options.junit, force=options.force) as file:
             file.write_bytes(junit_xml(report))
+    if options.device_test and report.exit_code is ExitCode.GATE:
+        terminal.progress("no device test is written, because a check failed")
+    elif options.device_test:
+        write_device_tests(device_tests, options.device_test, force=options.force)
+        terminal.progress(f"device test: {options.device_test}")
     if terminal.json:
         terminal.result(report.to_json())
     else:
@@ -70,7 +92,8 @@ def _names(values: list[str]) -> list[str]:
 
 
 def _print(report: Report, terminal: Terminal) -> None:
-    for owner, findings in report.suites:
+    runtimes = _merged(report.runtimes)
+    for owner, findings in report.model_copy(update={"runtimes": runtimes}).suites:
         for finding in findings:
             terminal.print(f"{finding.status:<8} {owner:<17} {finding.check:<17} {finding.message}")
     terminal.print()
@@ -78,7 +101,7 @@ def _print(report: Report, terminal: Terminal) -> None:
     pytorch = [_figure(report.metrics.get(name)) for name in ("fp32", "hard")]
     artifacts = {artifact.target: artifact for artifact in report.artifacts}
     rows = []
-    for runtime in report.runtimes:
+    for runtime in runtimes:
         artifact = artifacts[runtime.target]
         errors = [f"{fidelity.relative_l2:.1e}" for fidelity in runtime.fidelity.values()]
         rows.append(
@@ -115,6 +138,19 @@ def _print(report: Report, terminal: Terminal) -> None:
     terminal.print(
         "passed" if report.exit_code is ExitCode.OK else f"exit code {int(report.exit_code)}"
     )
+
+
+def _merged(runtimes: Sequence[RuntimeReport]) -> list[RuntimeReport]:
+    """One report for runtimes of a target that did not run for the same reason, with all names."""
+    groups: dict[object, list[RuntimeReport]] = {}
+    for runtime in runtimes:
+        idle = runtime.status == "not_run"
+        key = (runtime.target, runtime.findings) if idle else runtime.runtime
+        groups.setdefault(key, []).append(runtime)
+    return [
+        group[0].model_copy(update={"runtime": ", ".join(runtime.runtime for runtime in group)})
+        for group in groups.values()
+    ]
 
 
 def _figure(value: float | None) -> str:
