@@ -154,7 +154,7 @@ def _gather(
     index = torch.where(indices < 0, indices + x.shape[along], indices)
     if not batch:
         taken = x.index_select(along, index.reshape(-1))
-        return taken.reshape(*x.shape[:along], *indices.shape, *x.shape[along + 1 :])
+        return taken.reshape((*x.shape[:along], *indices.shape, *x.shape[along + 1 :]))
     front = x.movedim(along, batch)
     rows = front.reshape(-1, *front.shape[batch:])
     picked = rows[torch.arange(len(rows)).unsqueeze(1), index.reshape(len(rows), -1)]
