@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dkm_export.checking.runtime import Runtime
-from dkm_export.errors import InvalidInput, Unsupported
+from dkm_export.checking.check import check
+from dkm_export.checking.report import Status
+from dkm_export.checkpoint import save_checkpoint
+from dkm_export.errors import ExitCode, InvalidInput, Unsupported
+from dkm_export.exporting.export import export
+from dkm_export.spec import LayerRule
 from dkm_exporters.coreml.constants import Lut
 from dkm_exporters.coreml.package import Package
 from dkm_exporters.coreml.palettes import read_palettes
 from dkm_models.bert import sentence_encoder, text_classifier
 from dkm_models.mobilenet import mobilenet_v1, mobilenet_v2
 from dkm_models.resnet import resnet18, resnet50
-from dkm_runtimes.coreml_reference import CoreMLReferenceRuntime
+from dkm_runtimes.coreml_reference import CoreMLReferenceFp16Runtime, CoreMLReferenceRuntime
+from tests import zoo
+from tests.mlpackages import edit_model, kinds, operations, program, run, save
 from tests.zoo import lively
 
 ct = pytest.importorskip("coremltools")
@@ -246,23 +253,9 @@ def convert(
     return save(model, folder)
 
 
-def save(model: Any, folder: Path) -> Path:
-    path = folder / "theirs.mlpackage"
-    model.save(str(path))
-    return path
-
-
 def relative_l2(actual: npt.NDArray[Any], expected: Tensor) -> float:
     reference = expected.double().numpy()
     return float(np.linalg.norm(actual - reference) / np.linalg.norm(reference))
-
-
-def run(
-    artifact: Path, inputs: tuple[Tensor, ...], runtime: Runtime | None = None
-) -> list[npt.NDArray[Any]]:
-    """Outputs for inputs in the order of the program's."""
-    arrays = {name: x.numpy() for name, x in zip(Package(artifact).inputs, inputs, strict=True)}
-    return (runtime or CoreMLReferenceRuntime()).load(artifact).run(arrays)
 
 
 def assert_same_outputs(
@@ -314,30 +307,6 @@ def test_lstm_operator(target: str, bidirectional: bool, tmp_path: Path) -> None
     artifact = convert(module, inputs, tmp_path, target=target, traced=True, inputs=taken)
     assert kinds(artifact).count("lstm") == 2
     assert_same_outputs(module, inputs, artifact)
-
-
-def kinds(artifact: Path) -> list[str]:
-    return [operation.kind for operation in Package(artifact).operations]
-
-
-def program(
-    build: Callable[..., Any], inputs: tuple[Tensor, ...], folder: Path, target: str = "iOS18"
-) -> Path:
-    """A program that is written down in MIL, in float32; ``build`` takes what ``inputs`` are."""
-    version = getattr(ct.target, target)
-    specs = [
-        mb.TensorSpec(tuple(x.shape), types.int32 if x.dtype == torch.int32 else types.fp32)
-        for x in inputs
-    ]
-    function = mb.program(input_specs=specs, opset_version=version)(build)
-    model = ct.convert(
-        function,
-        minimum_deployment_target=version,
-        compute_precision=ct.precision.FLOAT32,
-        skip_model_load=True,
-        pass_pipeline=ct.PassPipeline.EMPTY,
-    )
-    return save(model, folder)
 
 
 def test_gru_operator(tmp_path: Path) -> None:
@@ -438,7 +407,7 @@ COMPRESSED: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
         f"iOS18 {name}": (
             "iOS18",
             "constexpr_lut_to_dense",
-            lambda model, settings=settings: palettize(model, settings),
+            partial(palettize, settings=settings),
         )
         for name, settings in PALETTES.items()
     },
@@ -775,3 +744,131 @@ def test_operators_that_take_no_layer(tmp_path: Path) -> None:
     for place, (ours, theirs) in enumerate(zip(outputs, expected, strict=True)):
         assert ours.shape == theirs.shape, (place, names)
         assert relative_l2(ours, theirs) <= 1e-6, (place, names)
+
+
+def test_left_out_parameters_have_the_defaults_of_their_operator(tmp_path: Path) -> None:
+    x, index = torch.rand(1, 4, 6, 6) + 0.1, torch.zeros(2, dtype=torch.int32)
+    weight = torch.randn(4, 4, 3, 3).numpy()
+
+    def build(x: Any, index: Any) -> Any:
+        return (
+            mb.conv(x=x, weight=weight),
+            mb.conv_transpose(x=x, weight=weight),
+            mb.max_pool(x=x, kernel_sizes=[2, 2], pad_type="valid"),
+            mb.avg_pool(x=x, kernel_sizes=[2, 2], pad_type="valid"),
+            mb.gather(x=x, indices=index),
+            mb.softmax(x=x),
+            mb.layer_norm(x=x, axes=[0, 1, 2, 3]),
+            mb.l2_norm(x=x),
+            mb.batch_norm(x=x, mean=np.ones(4, np.float32), variance=np.ones(4, np.float32)),
+            mb.instance_norm(x=x),
+            mb.reduce_sum(x=x),
+            mb.reduce_argmax(x=x),
+            mb.inverse(x=x),
+            mb.log(x=x),
+            mb.rsqrt(x=x),
+            mb.matmul(x=x, y=x),
+            mb.cumsum(x=x),
+            mb.concat(values=(x, x), axis=1),
+            mb.pad(x=x, pad=[1, 1]),
+            mb.band_part(x=x, lower=1),
+            mb.topk(x=x)[0],
+            mb.gelu(x=x),
+            mb.upsample_bilinear(x=x, scale_factor_width=2),
+            mb.slice_by_index(x=x, begin=[0, 1, 0, 0], end=[1, 3, 6, 2]),
+        )
+
+    artifact = program(build, (x, index), tmp_path)
+    complete = run(artifact, (x, index))
+    required = {"x", "y", "weight", "kernel_sizes", "indices", "mean", "variance", "values", "pad"}
+    required |= {"lower", "begin", "end", "scale_factor_width", "pad_type"}
+
+    def strip(spec: Any) -> None:
+        for operation in operations(spec):
+            for name in set(operation.inputs) - required:
+                if (operation.type, name) != ("concat", "axis"):
+                    del operation.inputs[name]
+
+    edit_model(artifact, strip)
+    assert sum(len(operation.arguments) for operation in Package(artifact).operations) < 100
+    for ours, theirs in zip(run(artifact, (x, index)), complete, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_results_are_rounded_to_float16_where_the_program_says_so(tmp_path: Path) -> None:
+    """And to nothing else: float32 operations and inputs stay as they are."""
+    x, y = torch.randn(3, 5) * 10, torch.randn(3, 5)
+
+    def build(x: Any, y: Any) -> Any:
+        half = mb.mul(x=mb.cast(x=x, dtype="fp16"), y=mb.cast(x=y, dtype="fp16"))
+        half = mb.add(x=half, y=np.float16(0.1))
+        return mb.mul(x=mb.cast(x=half, dtype="fp32"), y=np.float32(1 / 3)), mb.add(x=x, y=y)
+
+    artifact = program(build, (x, y), tmp_path)
+    rounded, unrounded = run(artifact, (x, y), CoreMLReferenceFp16Runtime())
+    half = x.half().numpy() * y.half().numpy() + np.float16(0.1)
+    assert np.array_equal(rounded, half.astype(np.float32) * np.float32(1 / 3))
+    assert np.array_equal(unrounded, (x + y).numpy())
+    exact = x.numpy() * y.numpy() + np.float32(np.float16(0.1))
+    plain, _ = run(artifact, (x, y))
+    assert relative_l2(plain, torch.from_numpy(exact / 3)) <= 1e-6
+    assert not np.array_equal(plain, rounded)
+
+
+def test_float16_activations_differ_from_float16_weights(tmp_path: Path) -> None:
+    module, inputs = lively(ViT()), image(32)
+    artifact = convert(module, inputs, tmp_path, precision="fp16")
+    with torch.no_grad():
+        expected = module(*inputs)
+    errors = [
+        relative_l2(run(artifact, inputs, runtime)[0], expected)
+        for runtime in (CoreMLReferenceRuntime(), CoreMLReferenceFp16Runtime())
+    ]
+    assert 0 < errors[0] < errors[1] < 1e-2
+
+
+def test_float16_overflows_are_seen(tmp_path: Path) -> None:
+    """The squares exceed 65504, though their root does not."""
+    module = nn.Sequential(nn.Linear(4, 4), Root())
+    x = torch.full((1, 4), 400.0)
+    artifact = convert(module, (x,), tmp_path, precision="fp16")
+    assert np.isfinite(run(artifact, (x,))[0]).all()
+    assert np.isinf(run(artifact, (x,), CoreMLReferenceFp16Runtime())[0]).any()
+
+
+class Root(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * x).sum(-1).sqrt()
+
+
+def test_float32_programs_have_nothing_to_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is no pass of the second mode, and no failure of the check."""
+    model = zoo.palettize("tests.zoo:tokens", zoo.TOKENS, LayerRule(bits=4))
+    save_checkpoint(model, tmp_path / "model.dkm.safetensors")
+    settings = {"coreml": {"precision": "fp32"}}
+    export(tmp_path / "model.dkm.safetensors", ["coreml"], tmp_path / "out", settings=settings)
+    runtimes = (CoreMLReferenceRuntime(), CoreMLReferenceFp16Runtime())
+    assert runtimes[1].target == "coreml"
+    monkeypatch.setattr(
+        "dkm_export.checking.check._choose", lambda artifacts, chosen, required: list(runtimes)
+    )
+    report = check(tmp_path / "out")
+    assert [run.status for run in report.runtimes] == [Status.PASS, Status.NOT_RUN]
+    (finding,) = report.runtimes[1].findings
+    assert "the program is float32, so nothing would be rounded" in finding.message
+    assert report.exit_code is ExitCode.OK
+
+
+def test_unknown_operators_are_named_with_their_place(tmp_path: Path) -> None:
+    """Also those with blocks of operations inside, such as coremltools' GRU."""
+    module, inputs = lively(FAMILIES["gru"].make()), tokens()
+    taken = [ct.TensorType(shape=inputs[0].shape, dtype=np.int32)]
+    artifact = convert(module, inputs, tmp_path, traced=True, inputs=taken)
+    message = (
+        r"operator 'while_loop' of '\w+', operation \d+ of \d+ in function 'main', is not known"
+    )
+    with pytest.raises(Unsupported, match=message):
+        CoreMLReferenceRuntime().load(artifact)
+    assert read_palettes(artifact) == {}

@@ -29,7 +29,7 @@ from dkm_runtimes.coreml_reference.bounds import (
     nbytes,
 )
 
-_OPERATORS: Mapping[str, Callable[..., Any]] = {
+OPERATORS: Mapping[str, Callable[..., Any]] = {
     **operators.TABLE,
     **arrangement.TABLE,
     **recurrent.TABLE,
@@ -101,7 +101,7 @@ class ReferenceSession(Session):
         defined = set(self._package.inputs)
         for operation in self._package.operations:
             for name in operation.references - defined:
-                if operation.kind in _OPERATORS or operation.kind in DECODERS:
+                if operation.kind in OPERATORS or operation.kind in DECODERS:
                     raise self._package.invalid(f"'{operation.name}' uses '{name}' too early")
             defined.update(operation.outputs)
         for name in self._package.outputs:
@@ -110,10 +110,10 @@ class ReferenceSession(Session):
 
     def _check(self, operation: Operation) -> None:
         """Refuse at loading what `_evaluate` could not do."""
-        if operation.kind not in _OPERATORS:
+        if operation.kind not in OPERATORS:
             raise self._package.unsupported(f"{_described(operation)}, is not known")
         try:
-            inspect.signature(_OPERATORS[operation.kind]).bind(**operation.arguments)
+            inspect.signature(OPERATORS[operation.kind]).bind(**operation.arguments)
         except TypeError as error:
             raise self._package.unsupported(f"{_described(operation)}: {error}") from error
         for name, given in operation.arguments.items():
@@ -172,7 +172,7 @@ class ReferenceSession(Session):
                     for entry in given
                 ]
                 arguments[name] = operands if name == _VARIADIC else operands[0]
-            results = _OPERATORS[operation.kind](**arguments)
+            results = OPERATORS[operation.kind](**arguments)
         except TooLarge as error:
             raise self._package.unsupported(f"{_described(operation)}: {error}") from error
         except NotImplementedError as error:
@@ -205,14 +205,19 @@ class ReferenceSession(Session):
 
 
 def _value(constant: Constant) -> Value:
-    return _tensor(constant) if isinstance(constant, np.ndarray) else constant
+    if not isinstance(constant, np.ndarray):
+        return constant
+    check_bytes(constant.size * _dtype(constant).itemsize)
+    return _tensor(constant)
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array.astype(_dtype(array)))
+
+
+def _dtype(array: npt.NDArray[Any]) -> np.dtype[Any]:
     """float32 for all floating point types, int64 for all integers, and bool."""
-    dtype = np.dtype({"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int64))
-    check_bytes(array.size * dtype.itemsize)
-    return torch.from_numpy(array.astype(dtype))
+    return np.dtype({"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int64))
 
 
 def _array(value: Value) -> npt.NDArray[Any]:
