@@ -414,7 +414,7 @@ def test_huge_results_of_inputs_are_refused(case: str, tmp_path: Path) -> None:
     [
         ("interpreter.MOST_BYTES_TOGETHER", 4000, "more than 4 GiB of"),
         ("bounds.MOST_WORK", 4000, r"5e\+03 operations, more than 4e\+03"),
-        ("bounds.MOST_BYTES", 500, "takes 576 bytes of memory"),
+        ("bounds.MOST_BYTES", 500, "takes 1024 bytes of memory"),
         ("operators.MOST_NUMBERS", 1, "a list of 2 numbers"),
     ],
 )

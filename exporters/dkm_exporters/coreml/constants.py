@@ -20,6 +20,7 @@ from dkm_export.palette import MAX_DIM, unpack
 from dkm_exporters.coreml.package import Array, Constant, Operation, Package, Reference
 
 LUT_TO_DENSE: Final = "constexpr_lut_to_dense"
+SHIFT_SCALE: Final = "constexpr_blockwise_shift_scale"
 
 _MOST_BYTES: Final = 1 << 30
 """Of one decoded constant: few bytes of indices and long vectors may stand for very many."""
@@ -342,7 +343,7 @@ def _scaled(arguments: Arguments, data: Array) -> Array:
 DECODERS: Final[Mapping[str, Callable[[Arguments], list[Constant]]]] = {
     "const": _const,
     "constexpr_affine_dequantize": _affine_dequantize,
-    "constexpr_blockwise_shift_scale": _shift_scale,
+    SHIFT_SCALE: _shift_scale,
     "constexpr_cast": _cast,
     LUT_TO_DENSE: _lut_to_dense,
     "constexpr_lut_to_sparse": _lut_to_sparse,

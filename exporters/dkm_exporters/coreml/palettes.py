@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Final
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
 from dkm_export.errors import InvalidInput
@@ -15,12 +17,13 @@ from dkm_export.palette import Layout, Palette
 from dkm_export.spec import Frozen
 from dkm_exporters.coreml.constants import (
     LUT_TO_DENSE,
+    SHIFT_SCALE,
     Arguments,
     Lut,
     decode_constants,
     read_lut,
 )
-from dkm_exporters.coreml.package import Constant, Package
+from dkm_exporters.coreml.package import Constant, Package, Reference
 
 LAYERS_KEY: Final = "dkm_export.layers"
 """User-defined metadata: JSON of `Layer` by the name of the operation that holds its palette."""
@@ -44,7 +47,8 @@ _LAYERS: Final = TypeAdapter(dict[str, Layer])
 def read_palettes(path: Path) -> dict[str, Palette]:
     """Decode every palette of a package, by parameter name.
 
-    In a package that this project did not write, the operations' outputs name the layers.
+    In a package that this project did not write, the operations' outputs name the layers. What
+    scales a decoded weight, as coremltools does per channel, is the palette's scale.
 
     Raises:
         InvalidInput: when the package is malformed.
@@ -58,11 +62,22 @@ def read_palettes(path: Path) -> dict[str, Palette]:
         package, {name for operation in operations.values() for name in operation.references}
     ):
         parts.update(zip(made.outputs, values, strict=True))
+    scalings = {
+        reference.name: operation
+        for operation in package.operations
+        if operation.kind == SHIFT_SCALE
+        for reference in operation.arguments.get("data", [])
+        if isinstance(reference, Reference)
+    }
     palettes = {}
     for name, operation in operations.items():
         lut = read_lut(Arguments(package, operation, parts))
         layer = layers.get(name) or Layer(name=name, axis=lut.axis or 0)
-        palettes[layer.name] = _palette(package, layer, lut)
+        palette = _palette(package, layer, lut)
+        if name in scalings:
+            scale = _scale(Arguments(package, scalings[name], parts), palette)
+            palette = replace(palette, scale=scale)
+        palettes[layer.name] = palette
     return palettes
 
 
@@ -103,3 +118,15 @@ def _palette(package: Package, layer: Layer, lut: Lut) -> Palette:
         )
     except (InvalidInput, IndexError) as error:
         raise package.invalid(f"{layer.name}: {error}") from error
+
+
+def _scale(arguments: Arguments, palette: Palette) -> npt.NDArray[np.float32]:
+    """What multiplies the decoded weight: one number per element or for all along an axis."""
+    scale, shape = arguments.numbers("scale"), palette.layout.shape
+    if "offset" in arguments:
+        raise arguments.unsupported("a palette with an offset is not known")
+    if scale.ndim != len(shape) or any(
+        count not in (1, size) for count, size in zip(scale.shape, shape, strict=True)
+    ):
+        raise arguments.unsupported("a palette with a scale per block is not known")
+    return arguments.wide(scale)
