@@ -316,7 +316,7 @@ def test_changed_programs_neither_crash_nor_hang_nor_fill_the_memory(
     model = palettize("tests.zoo:convolutions", IMAGE, *rules)
     other = CoreMLExporter().lower(model, model.build(), tmp_path, CoreMLOptions())
     subprocess.run(
-        [sys.executable, "-c", SCRIPT, tokens[1], other, tmp_path, "400"],
+        [sys.executable, "-c", SCRIPT, tokens[1], other, tmp_path, "300"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         check=True,
         timeout=300,
