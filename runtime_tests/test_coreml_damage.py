@@ -185,6 +185,27 @@ def test_malformed_packages_are_refused(
         CoreMLExporter().read_palettes(artifact)
 
 
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("truncated weight.bin", "ends beyond the end of the file"),
+        ("weight.bin is a link out of the package", "leaves the package"),
+        ("bad sentinel", "does not begin with 0xdeadbeef"),
+        ("two records share their bytes", "shares bytes with another one"),
+        ("more elements than a number counts", "too many axes or elements"),
+        ("a shape of no elements", "too many axes or elements"),
+        ("very many axes", "too many axes or elements"),
+    ],
+)
+def test_what_is_malformed_is_said(
+    case: str, message: str, tokens: tuple[PalettizedModel, Path], tmp_path: Path
+) -> None:
+    artifact = Path(shutil.copytree(tokens[1], tmp_path / tokens[1].name))
+    MALFORMED[case](artifact)
+    with pytest.raises(InvalidInput, match=message):
+        CoreMLReferenceRuntime().load(artifact)
+
+
 def test_random_damage_raises_nothing_else(
     tokens: tuple[PalettizedModel, Path], tmp_path: Path
 ) -> None:

@@ -108,7 +108,7 @@ class Arguments:
         return value
 
     def numbers(self, name: str) -> Array:
-        """`array`, and what it holds are no truth values."""
+        """`array`, which must not hold truth values."""
         value = self.array(name)
         if value.dtype == np.bool_:
             raise self.invalid(f"{name} is not numeric")
@@ -119,7 +119,7 @@ class Arguments:
         return self.numbers(name) if name in self else None
 
     def wide(self, values: Array) -> npt.NDArray[np.float32]:
-        """An argument as float32, which holds what every type of a constant but itself holds."""
+        """An argument as float32, which is exact for all types of at most 16 bits."""
         self.check_size(4 * values.size)
         return values.astype(np.float32)
 
