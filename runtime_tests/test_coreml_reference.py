@@ -892,3 +892,66 @@ def test_unknown_operators_are_named_with_their_place(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=message):
         CoreMLReferenceRuntime().load(artifact)
     assert read_palettes(artifact) == {}
+
+
+def test_operators_of_later_versions(tmp_path: Path) -> None:
+    x, y = torch.randn(2, 4, 6, 6), torch.randn(2, 3, 5)
+    index = torch.tensor([[2, 0], [1, 1]], dtype=torch.int32)
+
+    def operators(x: Any, y: Any, index: Any) -> Any:
+        scale, zero = np.array([0.1, 0.2, 0.3], np.float32), np.array([3, 0, -5], np.int8)
+        steps = mb.quantize(input=y, scale=scale, zero_point=zero, axis=1, output_dtype="int8")
+        return (
+            mb.dequantize(input=steps, scale=scale, zero_point=zero, axis=1),
+            mb.gather(x=y, indices=index, axis=2, batch_dims=1),
+            mb.gather_nd(x=y, indices=index, batch_dims=1),
+            mb.scatter_along_axis(
+                data=mb.fill_like(ref_tensor=y, value=1.0),
+                indices=np.full((2, 3, 2), 4, np.int32),
+                updates=np.ones((2, 3, 2), np.float32),
+                axis=2,
+            ),
+            mb.reshape(x=x, shape=[3, -1, 0]),
+            mb.pixel_unshuffle(x=x, downscale_factor=np.uint32(2)),
+            mb.crop(x=x, crop_height=[1, 2], crop_width=[0, 1]),
+            mb.resize(
+                x=x, shape=[9, 0], resized_dims=np.uint32(2), sampling_mode="UNALIGN_CORNERS"
+            ),
+            mb.resize(
+                x=x, shape=[3, 12], resized_dims=np.uint32(2), interpolation_mode="NEAREST_NEIGHBOR"
+            ),
+            mb.upsample_bilinear(
+                x=x, scale_factor_width=2, align_corners=False, half_pixel_centers=True
+            ),
+            mb.slice_update(
+                x=y, update=np.zeros((2, 2, 5), np.float32), begin=[0, 1, 0], end=[2, 3, 5]
+            ),
+            mb.topk(x=y, k=2, axis=2, ascending=True, output_indices_dtype="uint16")[1],
+        )
+
+    steps = torch.tensor([0.1, 0.2, 0.3])[:, None]
+    zero = torch.tensor([3, 0, -5])[:, None]
+    updated = y.clone()
+    updated[:, 1:3] = 0
+    added = torch.ones(2, 3, 5)
+    added[:, :, 4] = 3
+    expected = [
+        ((y / steps).round() + zero).clamp(-128, 127).sub(zero) * steps,
+        torch.stack([y[0][:, index[0]], y[1][:, index[1]]]),
+        torch.stack([y[0, 2, 0], y[1, 1, 1]]),
+        added,
+        x.reshape(3, -1, 6),
+        F.pixel_unshuffle(x, 2),
+        x[:, :, 1:4, :5],
+        F.interpolate(x, (9, 6), mode="bilinear"),
+        F.interpolate(x, (3, 12), mode="nearest"),
+        F.interpolate(x, (6, 12), mode="bilinear"),
+        updated,
+        y.topk(2, largest=False).indices,
+    ]
+    artifact = program(operators, (x, y, index), tmp_path)
+    for place, (ours, theirs) in enumerate(
+        zip(run(artifact, (x, y, index)), expected, strict=True)
+    ):
+        assert ours.shape == theirs.shape, place
+        assert relative_l2(ours, theirs) <= 1e-6, place
