@@ -14,8 +14,9 @@ from coremltools.proto import Model_pb2
 from dkm_export import __version__
 from dkm_export.errors import Unsupported
 from dkm_export.palettized import PalettizedModel
+from dkm_exporters.coreml.constants import LUT_TO_DENSE
 from dkm_exporters.coreml.options import CoreMLOptions
-from dkm_exporters.coreml.palettes import LAYERS_KEY, LUT_TO_DENSE, Layer, layers_metadata
+from dkm_exporters.coreml.palettes import LAYERS_KEY, Layer, layers_metadata
 
 _AUTHOR: Final = "com.apple.CoreML"
 _MODEL: Final = f"{_AUTHOR}/model.mlmodel"

@@ -1,8 +1,10 @@
 """Read a saved ``.mlpackage`` as data: its files, its program and the values in ``weight.bin``.
 
 Nothing here runs Core ML or trusts the package: no path leaves its folder, and every offset and
-size is checked against the bytes that are there. Formats: ``Manifest.json``, ``Model.proto`` and
-``MIL.proto`` of coremltools 9.0, and the storage format of its ``mlmodel/src/MILBlob``.
+size is checked against the bytes that are there. Values take at most eight times the memory of the
+files: no two records of a file may share bytes, and one bit becomes at most one byte. Formats:
+``Manifest.json``, ``Model.proto`` and ``MIL.proto`` of coremltools 9.0, and the storage format of
+its ``mlmodel/src/MILBlob``.
 """
 
 from __future__ import annotations
@@ -30,6 +32,13 @@ _SENTINEL: Final = 0xDEADBEEF
 _RECORD: Final = struct.Struct("<IIQQQ")
 """Sentinel, data type, bytes, offset of the data, unused bits at the end; then reserved bytes."""
 
+_LARGEST_MODEL: Final = 1 << 31
+"""Bytes of a model file; protobuf reads no more."""
+
+_MOST_AXES: Final = 32
+_MOST_ELEMENTS: Final = 1 << 48
+"""Of one value, sizes of 0 counted as 1; beyond, numpy's own arithmetic overflows."""
+
 
 @dataclass(frozen=True)
 class _DataType:
@@ -52,6 +61,7 @@ _DATA_TYPES: Final = {
     MIL_pb2.BOOL: _DataType(np.bool_, None, None, "bools"),
     MIL_pb2.FLOAT16: _DataType(np.float16, 16, 1, "bytes"),
     MIL_pb2.FLOAT32: _DataType(np.float32, 32, 2, "floats"),
+    MIL_pb2.INT4: _DataType(np.int8, 4, 8, "bytes"),
     MIL_pb2.INT8: _DataType(np.int8, 8, 4, "bytes"),
     MIL_pb2.INT16: _DataType(np.int16, 16, 6, "ints"),
     MIL_pb2.INT32: _DataType(np.int32, 32, 14, "ints"),
@@ -68,42 +78,77 @@ _DATA_TYPES: Final = {
 
 
 @dataclass(frozen=True)
+class TensorType:
+    """What the program says about a tensor.
+
+    Attributes:
+        float16: whether its values are.
+        shape: its sizes, None where one is flexible; None where not even the rank is known.
+    """
+
+    float16: bool
+    shape: tuple[int | None, ...] | None
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether a tensor of ``shape`` is what the program says."""
+        return self.shape is None or (
+            len(self.shape) == len(shape)
+            and all(size in (None, given) for size, given in zip(self.shape, shape, strict=True))
+        )
+
+    def __str__(self) -> str:
+        sizes = ("?" if size is None else str(size) for size in self.shape or ())
+        return f"[{', '.join(sizes)}]"
+
+
+@dataclass(frozen=True)
 class Reference:
     """An argument that is the output of an earlier operation or an input of the program."""
 
     name: str
 
 
-Argument = Reference | Array | str
+Constant = Array | str | tuple[str | float, ...]
+"""A tuple is what the program calls a list, such as the labels of a classifier."""
+
+Argument = Reference | Constant
 
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One operation of the program.
+    """One operation of the program. Blocks inside it are not read.
 
     Attributes:
         kind: operator, such as ``conv``.
         arguments: inputs and attributes by parameter name; several for a variadic parameter.
-        outputs: names, and shapes where they are fixed.
+        outputs: their types by name.
+        place: where it is, such as ``operation 12 of 40 in function 'main'``.
     """
 
     kind: str
     arguments: dict[str, list[Argument]]
-    outputs: dict[str, Shape | None]
+    outputs: dict[str, TensorType]
+    place: str
 
     @property
     def name(self) -> str:
         """Name of the first output, which is unique in the program."""
-        return next(iter(self.outputs))
+        return next(iter(self.outputs), self.kind)
+
+    @property
+    def references(self) -> set[str]:
+        """The names that its arguments refer to."""
+        given = (argument for values in self.arguments.values() for argument in values)
+        return {argument.name for argument in given if isinstance(argument, Reference)}
 
 
 class Package:
-    """The main function of an ML program with fixed shapes.
+    """The main function of an ML program.
 
     Attributes:
         path: the ``.mlpackage``.
         metadata: the model's user-defined metadata.
-        inputs: names in order, and shapes where they are fixed.
+        inputs: types by name, in order; states are not among them.
         outputs: names, in order.
         float16: whether any operation gives float16.
         operations: in order of execution.
@@ -118,22 +163,32 @@ class Package:
         model_file = self._model_file()
         self._model_folder = model_file.parent.relative_to(path.resolve())
         self._weights: dict[str, npt.NDArray[np.uint8]] = {}
+        self._unread: dict[str, int] = {}
+        self._records: dict[tuple[str, int, int, Shape], Array] = {}
         model = Model_pb2.Model()
         try:
-            model.ParseFromString(model_file.read_bytes())
+            model.ParseFromString(self._content(model_file))
         except DecodeError as error:
             raise self.invalid(f"{model_file.name} is not a Core ML model") from error
         self.metadata = dict(model.description.metadata.userDefined)
-        function, block = self._main(model)
-        self.inputs = {entry.name: _shape(entry.type.tensorType) for entry in function.inputs}
+        name, function, block = self._main(model)
+        self.inputs = {
+            entry.name: _tensor_type(entry.type)
+            for entry in function.inputs
+            if entry.type.WhichOneof("type") != "stateType"
+        }
         self.outputs = list(block.outputs)
-        computed = [output for operation in block.operations for output in operation.outputs]
-        if len({*self.inputs, *(output.name for output in computed)}) < (
-            len(function.inputs) + len(computed)
-        ):
+        outputs = [output for operation in block.operations for output in operation.outputs]
+        names = {*(entry.name for entry in function.inputs), *(output.name for output in outputs)}
+        if len(names) < len(function.inputs) + len(outputs):
             raise self.invalid("the program defines a name twice")
-        self.float16 = any(o.type.tensorType.dataType == MIL_pb2.FLOAT16 for o in computed)
-        self.operations = [self._operation(operation) for operation in block.operations]
+        self.float16 = any(_tensor_type(output.type).float16 for output in outputs)
+        self.operations = [
+            self._operation(
+                operation, f"operation {number} of {len(block.operations)} in function '{name}'"
+            )
+            for number, operation in enumerate(block.operations, start=1)
+        ]
 
     def invalid(self, problem: str) -> InvalidInput:
         """An error that names the package, to be raised."""
@@ -144,9 +199,9 @@ class Package:
         return Unsupported(f"{self.path}: {_printable(problem)}")
 
     def _model_file(self) -> Path:
-        file = self._file("Manifest.json")
+        content = self._content(self._file("Manifest.json"))
         try:
-            manifest = json.loads(file.read_bytes())
+            manifest = json.loads(content)
             path = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
         except (ValueError, RecursionError) as error:
             raise self.invalid("Manifest.json is not JSON") from error
@@ -165,11 +220,19 @@ class Package:
                 raise self.invalid(f"'{relative}' leaves the package")
             if not file.is_file():
                 raise self.invalid(f"'{relative}' is missing")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
             raise self.invalid("a path in it is no path") from error
         return file
 
-    def _main(self, model: Any) -> tuple[Any, Any]:
+    def _content(self, file: Path) -> bytes:
+        try:
+            if file.stat().st_size >= _LARGEST_MODEL:
+                raise self.invalid(f"'{file.name}' is larger than 2 GiB")
+            return file.read_bytes()
+        except OSError as error:
+            raise self.invalid(f"'{file.name}' cannot be read: {error.strerror}") from error
+
+    def _main(self, model: Any) -> tuple[str, Any, Any]:
         if model.WhichOneof("Type") != "mlProgram":
             raise self.unsupported(f"holds a {model.WhichOneof('Type')}, not an mlProgram")
         name = model.description.defaultFunctionName or "main"
@@ -179,11 +242,9 @@ class Package:
         function = functions[name]
         if function.opset not in function.block_specializations:
             raise self.invalid(f"the program has no code for opset '{function.opset}'")
-        return function, function.block_specializations[function.opset]
+        return name, function, function.block_specializations[function.opset]
 
-    def _operation(self, operation: Any) -> Operation:
-        if not operation.outputs or operation.blocks:
-            raise self.unsupported(f"operator '{operation.type}' is not known")
+    def _operation(self, operation: Any, place: str) -> Operation:
         arguments: dict[str, list[Argument]] = {
             name: [self._value(value)]
             for name, value in operation.attributes.items()
@@ -196,16 +257,16 @@ class Package:
                 else self._value(binding.value)
                 for binding in argument.arguments
             ]
-        outputs = {output.name: _shape(output.type.tensorType) for output in operation.outputs}
-        return Operation(operation.type, arguments, outputs)
+        outputs = {output.name: _tensor_type(output.type) for output in operation.outputs}
+        return Operation(operation.type, arguments, outputs, place)
 
-    def _value(self, value: Any) -> Array | str:
+    def _value(self, value: Any) -> Constant:
+        if value.type.WhichOneof("type") == "listType":
+            return self._list(value.immediateValue.list.values)
         if value.type.WhichOneof("type") != "tensorType":
             raise self.unsupported(f"values of {value.type.WhichOneof('type')} are not known")
         tensor_type = value.type.tensorType
-        shape = _shape(tensor_type)
-        if shape is None:
-            raise self.invalid("a value has no fixed shape")
+        shape = self._fixed_shape(tensor_type)
         if value.WhichOneof("value") == "blobFileValue":
             blob = value.blobFileValue
             data_type = self._data_type(tensor_type.dataType)
@@ -213,9 +274,30 @@ class Package:
         tensor = value.immediateValue.tensor
         if tensor_type.dataType == MIL_pb2.STRING:
             if shape or len(tensor.strings.values) != 1:
-                raise self.unsupported("lists of strings are not known")
+                raise self.unsupported("tensors of strings are not known")
             return str(tensor.strings.values[0])
         return self._immediate(tensor, self._data_type(tensor_type.dataType), shape)
+
+    def _list(self, values: Any) -> tuple[str | float, ...]:
+        return tuple(self._element(self._value(value)) for value in values)
+
+    def _element(self, value: Constant) -> str | float:
+        match value:
+            case str():
+                return value
+            case np.ndarray(shape=()):
+                number: float = value.item()
+                return number
+        raise self.unsupported("lists of other things than strings and numbers are not known")
+
+    def _fixed_shape(self, tensor_type: Any) -> Shape:
+        shape = tuple(_size(dimension) for dimension in tensor_type.dimensions)
+        sizes = [size for size in shape if size is not None]
+        if len(sizes) < len(shape):
+            raise self.invalid("a value has no fixed shape")
+        if len(sizes) > _MOST_AXES or math.prod(max(size, 1) for size in sizes) > _MOST_ELEMENTS:
+            raise self.invalid("a value has too many axes or elements")
+        return tuple(sizes)
 
     def _data_type(self, number: int) -> _DataType:
         if number not in _DATA_TYPES:
@@ -237,12 +319,16 @@ class Package:
 
     def _blob(self, name: str, offset: int, data_type: _DataType, shape: Shape) -> Array:
         """Read one record: a header at ``offset``, which says where the data is."""
-        if not name.startswith(_MODEL_FOLDER):
-            raise self.invalid(f"'{name}' is not below {_MODEL_FOLDER}")
-        if name not in self._weights:
-            relative = self._model_folder / name.removeprefix(_MODEL_FOLDER)
-            self._weights[name] = np.fromfile(self._file(str(relative)), np.uint8)
-        content = self._weights[name]
+        key = (name, offset, data_type.blob or 0, shape)
+        if key not in self._records:
+            packed = self._record(name, offset, data_type, shape)
+            self._records[key] = self._unpacked(packed, data_type, shape)
+        return self._records[key]
+
+    def _record(
+        self, name: str, offset: int, data_type: _DataType, shape: Shape
+    ) -> npt.NDArray[np.uint8]:
+        content = self._weight_file(name)
         where = f"{Path(name).name}: the record at {offset}"
         if offset + _RECORD.size > content.size:
             raise self.invalid(f"{where} lies beyond the end of the file ({content.size} bytes)")
@@ -255,7 +341,23 @@ class Package:
             raise self.invalid(f"{where} ends beyond the end of the file ({content.size} bytes)")
         if data_type.bits < 8 and padding != 8 * size - data_type.bits * math.prod(shape):
             raise self.invalid(f"{where} has {padding} unused bits, which does not fit its shape")
-        return self._unpacked(content[start : start + size], data_type, shape)
+        self._unread[name] -= size
+        if self._unread[name] < 0:
+            raise self.invalid(f"{where} shares bytes with another one")
+        return content[start : start + size]
+
+    def _weight_file(self, name: str) -> npt.NDArray[np.uint8]:
+        """The content of ``@model_path/...``, mapped into memory."""
+        if not name.startswith(_MODEL_FOLDER):
+            raise self.invalid(f"'{name}' is not below {_MODEL_FOLDER}")
+        if name not in self._weights:
+            file = self._file(str(self._model_folder / name.removeprefix(_MODEL_FOLDER)))
+            try:
+                self._weights[name] = np.asarray(np.memmap(file, np.uint8, "r"))
+            except (OSError, ValueError) as error:  # ValueError: nothing in it
+                raise self.invalid(f"'{file.name}' is empty or cannot be read") from error
+            self._unread[name] = self._weights[name].size
+        return self._weights[name]
 
     def _unpacked(self, packed: npt.NDArray[np.uint8], data_type: _DataType, shape: Shape) -> Array:
         assert data_type.bits is not None
@@ -265,17 +367,31 @@ class Package:
             raise self.invalid(
                 f"a value of shape {list(shape)} needs {expected} bytes and has {packed.size}"
             )
-        if data_type.bits < 8:
-            return unpack(packed, data_type.bits, count).reshape(shape)
-        return np.frombuffer(packed.tobytes(), data_type.dtype).reshape(shape)
+        if data_type.bits >= 8:
+            return packed.view(data_type.dtype).reshape(shape)
+        values = unpack(packed, data_type.bits, count).reshape(shape)
+        if data_type.dtype is np.int8:
+            sign = 1 << (data_type.bits - 1)
+            return (values ^ sign).astype(np.int8) - np.int8(sign)
+        return values
 
 
-def _shape(tensor_type: Any) -> Shape | None:
-    """The shape of a tensor type, or None where a size is not fixed."""
-    dimensions = tensor_type.dimensions
-    if any(dimension.WhichOneof("dimension") != "constant" for dimension in dimensions):
+def _tensor_type(value_type: Any) -> TensorType:
+    """What is said about a tensor; nothing where the value is none, such as a dictionary."""
+    tensor = value_type.tensorType
+    if value_type.WhichOneof("type") != "tensorType" or any(
+        dimension.unknown.variadic for dimension in tensor.dimensions
+    ):
+        return TensorType(tensor.dataType == MIL_pb2.FLOAT16, None)
+    shape = tuple(_size(dimension) for dimension in tensor.dimensions)
+    return TensorType(tensor.dataType == MIL_pb2.FLOAT16, shape)
+
+
+def _size(dimension: Any) -> int | None:
+    """A size, or None where it is not fixed."""
+    if dimension.WhichOneof("dimension") != "constant":
         return None
-    return tuple(int(dimension.constant.size) for dimension in dimensions)
+    return int(dimension.constant.size)
 
 
 def _printable(text: str) -> str:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
 from dkm_export.errors import InvalidInput
-from dkm_export.palette import MAX_DIM, Layout, Palette, unpack
+from dkm_export.palette import Layout, Palette
 from dkm_export.spec import Bits, Dim, Frozen
-from dkm_exporters.coreml.package import Array, Operation, Package
+from dkm_exporters.coreml.constants import (
+    LUT_TO_DENSE,
+    SHIFT_SCALE,
+    Arguments,
+    Lut,
+    decode_constants,
+    read_lut,
+)
+from dkm_exporters.coreml.package import Constant, Package, Reference
 
-LUT_TO_DENSE: Final = "constexpr_lut_to_dense"
 LAYERS_KEY: Final = "dkm_export.layers"
 """User-defined metadata: JSON of `Layer` by the name of the operation that holds its palette."""
 
@@ -41,65 +48,11 @@ class Layer(Frozen):
 _LAYERS: Final = TypeAdapter(dict[str, Layer])
 
 
-@dataclass(frozen=True, eq=False)
-class Lut:
-    """One ``constexpr_lut_to_dense``, in the terms of iOS 18.
-
-    Attributes:
-        table: ``[groups along each axis ..., entries, vector size]``.
-        indices: uint8, of the rank of the weight.
-        axis: along which the vectors lie, or None where they are single values.
-    """
-
-    table: Array
-    indices: npt.NDArray[np.uint8]
-    axis: int | None
-
-    def dense(self) -> Array:
-        """The decoded weight, in the table's dtype."""
-        sizes, groups = self.indices.shape, self.table.shape
-        tables = np.ix_(*(np.arange(n) // (n // g) for n, g in zip(sizes, groups, strict=False)))
-        values = self.table[(*tables, self.indices)]
-        axis = self.axis or 0
-        shape = list(sizes)
-        shape[axis] *= self.table.shape[-1]
-        dense: Array = np.moveaxis(values, -1, axis + 1).reshape(shape)
-        return dense
-
-
-def read_lut(package: Package, operation: Operation) -> Lut:
-    """The tables and indices of a ``constexpr_lut_to_dense``.
-
-    Raises:
-        InvalidInput: when they do not fit each other.
-        Unsupported: when they are not constants in the file.
-    """
-    arguments = operation.arguments
-    table, indices = (_constant(package, operation, name) for name in ("lut", "indices"))
-    if "shape" in arguments:
-        return _read_ios16(package, operation, table, indices)
-    axis = None
-    if "vector_axis" in arguments:
-        given = _constant(package, operation, "vector_axis")
-        if given.shape or not -indices.ndim <= given < indices.ndim:
-            raise package.invalid(f"{operation.name}: vector_axis is not an axis of the indices")
-        axis = int(given) % indices.ndim
-    if table.ndim != indices.ndim + 2 or indices.dtype != np.uint8 or 0 in table.shape:
-        raise package.invalid(f"{operation.name}: LUT {list(table.shape)} does not fit the indices")
-    *groups, entries, size = table.shape
-    if any(n == 0 or n % g for n, g in zip(indices.shape, groups, strict=True)):
-        raise package.invalid(f"{operation.name}: LUT {list(table.shape)} does not fit the indices")
-    if size > MAX_DIM or (size > 1 and axis is None):
-        raise package.invalid(f"{operation.name}: vectors of {size} have no axis or are too long")
-    if int(indices.max()) >= entries:
-        raise package.invalid(f"{operation.name}: indices exceed the {entries} entries of the LUT")
-    return Lut(table, indices, axis)
-
-
 def read_palettes(path: Path) -> dict[str, Palette]:
     """Decode every palette of a package, by parameter name.
 
-    In a package that this project did not write, the operations' outputs name the layers.
+    In a package that this project did not write, the operations' outputs name the layers. What
+    scales a decoded weight, as coremltools does per channel, is the palette's scale.
 
     Raises:
         InvalidInput: when the package is malformed.
@@ -108,12 +61,28 @@ def read_palettes(path: Path) -> dict[str, Palette]:
     package = Package(path)
     operations = {op.name: op for op in package.operations if op.kind == LUT_TO_DENSE}
     layers = _layers(package, operations)
+    parts: dict[str, Constant] = {}
+    for made, values in decode_constants(
+        package, {name for operation in operations.values() for name in operation.references}
+    ):
+        parts.update(zip(made.outputs, values, strict=True))
+    scalings = {
+        reference.name: operation
+        for operation in package.operations
+        if operation.kind == SHIFT_SCALE
+        for reference in operation.arguments.get("data", [])
+        if isinstance(reference, Reference)
+    }
     palettes = {}
     for name, operation in operations.items():
-        lut = read_lut(package, operation)
+        lut = read_lut(Arguments(package, operation, parts))
         layer = layers.get(name)
         own, axis = (layer.name, layer.axis) if layer else (name, lut.axis or 0)
-        palettes[own] = _palette(package, own, axis, lut)
+        palette = _palette(package, own, axis, lut)
+        if name in scalings:
+            scale = _scale(Arguments(package, scalings[name], parts), palette)
+            palette = replace(palette, scale=scale)
+        palettes[own] = palette
     return palettes
 
 
@@ -122,33 +91,14 @@ def layers_metadata(layers: Mapping[str, Layer]) -> str:
     return _LAYERS.dump_json(dict(sorted(layers.items()))).decode()
 
 
-def _read_ios16(package: Package, operation: Operation, table: Array, packed: Array) -> Lut:
-    bits = table.size.bit_length() - 1
-    shape = tuple(int(n) for n in _constant(package, operation, "shape").reshape(-1))
-    if not 1 <= bits <= 8 or table.shape != (1 << bits,) or not shape or 0 in shape:
-        raise package.invalid(f"{operation.name}: LUT {list(table.shape)} is not of 2**bits values")
-    try:
-        indices = unpack(packed.reshape(-1), bits, math.prod(shape)).reshape(shape)
-    except InvalidInput as error:
-        raise package.invalid(f"{operation.name}: {error}") from error
-    return Lut(table.reshape(*[1] * len(shape), -1, 1), indices, None)
-
-
-def _constant(package: Package, operation: Operation, name: str) -> Array:
-    match operation.arguments.get(name):
-        case [np.ndarray() as value]:
-            return value
-    raise package.unsupported(f"{operation.name}: its {name} is not a constant")
-
-
-def _layers(package: Package, operations: Mapping[str, Any]) -> dict[str, Layer]:
+def _layers(package: Package, operations: Collection[str]) -> dict[str, Layer]:
     try:
         layers = _LAYERS.validate_json(package.metadata.get(LAYERS_KEY, "{}"))
     except ValidationError as error:
         raise package.invalid(f"metadata '{LAYERS_KEY}' is malformed") from error
     if len({layer.name for layer in layers.values()}) < len(layers):
         raise package.invalid(f"metadata '{LAYERS_KEY}' names a layer twice")
-    absent = sorted(layers.keys() - operations.keys())
+    absent = sorted(layers.keys() - set(operations))
     if absent:
         raise package.invalid(f"the palette of {layers[absent[0]].name} is missing")
     return layers
@@ -173,3 +123,15 @@ def _palette(package: Package, name: str, axis: int, lut: Lut) -> Palette:
         )
     except (InvalidInput, IndexError) as error:
         raise package.invalid(f"{name}: {error}") from error
+
+
+def _scale(arguments: Arguments, palette: Palette) -> npt.NDArray[np.float32]:
+    """What multiplies the decoded weight: one number per element or for all along an axis."""
+    scale, shape = arguments.numbers("scale"), palette.layout.shape
+    if "offset" in arguments:
+        raise arguments.unsupported("a palette with an offset is not known")
+    if scale.ndim != len(shape) or any(
+        count not in (1, size) for count, size in zip(scale.shape, shape, strict=True)
+    ):
+        raise arguments.unsupported("a palette with a scale per block is not known")
+    return arguments.wide(scale)

@@ -1,7 +1,7 @@
-"""MIL operators on tensors of any rank, as functions of their MIL parameters.
+"""MIL operators that compute: element by element, along axes, and products.
 
-Semantics: ``coremltools.converters.mil.mil.ops.defs`` (iOS 15 to 18). Parameters that a function
-lacks are ones that the interpreter refuses.
+Semantics and defaults: ``coremltools.converters.mil.mil.ops.defs`` (iOS 15 to 18). A function's
+parameters are those of all versions of its operator; one that it lacks is refused.
 """
 
 from __future__ import annotations
@@ -12,9 +12,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Operator = Callable[..., Tensor | list[Tensor]]
+from dkm_runtimes.coreml_reference.bounds import MOST_NUMBERS, TooLarge
 
-_DTYPES = {"fp16": torch.float32, "fp32": torch.float32, "bool": torch.bool}
+Result = Tensor | str
+Operator = Callable[..., Result | list[Result] | list[Tensor]]
+
+Scalar = Tensor | float
+"""A number or truth value; Python's where it is a default."""
+
+DTYPES = {
+    "bool": torch.bool,
+    "fp16": torch.float32,
+    "fp32": torch.float32,
+    "int8": torch.int8,
+    "int16": torch.int16,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "uint16": torch.uint16,
+}
+"""What a name in a program means here: the interpreter rounds to float16 itself, where it does."""
+
+
+def ints(values: Tensor) -> list[int]:
+    """A tensor of sizes, axes or the like as Python integers.
+
+    Raises:
+        TooLarge: when they are far more than any operator takes.
+    """
+    if values.numel() > MOST_NUMBERS:
+        raise TooLarge(f"a list of {values.numel()} numbers")
+    return [int(value) for value in values.reshape(-1)]
+
+
+def integers(values: Tensor, dtype: str = "int32") -> Tensor:
+    """Numbers cut to the range of an integer type; all of them are int64 here."""
+    return values.to(DTYPES[dtype]).to(torch.int64)
 
 
 def _unary(function: Callable[[Tensor], Tensor]) -> Operator:
@@ -24,8 +56,8 @@ def _unary(function: Callable[[Tensor], Tensor]) -> Operator:
     return operator
 
 
-def _shifted(function: Callable[[Tensor], Tensor]) -> Operator:
-    def operator(x: Tensor, epsilon: Tensor) -> Tensor:
+def _shifted(function: Callable[[Tensor], Tensor], default: float) -> Operator:
+    def operator(x: Tensor, epsilon: Scalar = default) -> Tensor:
         return function(x + epsilon)
 
     return operator
@@ -39,25 +71,46 @@ def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Operator:
 
 
 def _reduction(function: Callable[..., Tensor]) -> Operator:
-    def operator(x: Tensor, keep_dims: Tensor, axes: Tensor | None = None) -> Tensor:
-        every = list(range(x.dim()))
-        axis = every if axes is None else ints(axes)
+    def operator(x: Tensor, axes: Tensor | None = None, keep_dims: Scalar = False) -> Tensor:
+        axis = list(range(x.dim())) if axes is None else ints(axes)
         return function(x, dim=axis, keepdim=bool(keep_dims))
 
     return operator
 
 
-def ints(values: Tensor) -> list[int]:
-    """A constant tensor as Python integers."""
-    return [int(value) for value in values.reshape(-1)]
+def _extreme(function: Callable[[Tensor, int, bool], Tensor]) -> Operator:
+    def operator(
+        x: Tensor, axis: Scalar = -1, keep_dims: Scalar = False, output_dtype: str = "int32"
+    ) -> Tensor:
+        return integers(function(x, int(axis), bool(keep_dims)), output_dtype.lower())
+
+    return operator
+
+
+def _product(x: Tensor, dim: list[int], keepdim: bool) -> Tensor:
+    for axis in sorted((axis % x.dim() for axis in dim), reverse=True):
+        x = x.prod(axis, keepdim)
+    return x
 
 
 def _cast(x: Tensor, dtype: str) -> Tensor:
-    return x.to(_DTYPES.get(dtype, torch.int64))
+    if dtype not in DTYPES:
+        raise NotImplementedError(f"a cast to {dtype}")
+    if dtype.startswith(("int", "uint")):
+        return integers(x, dtype)
+    return x.to(DTYPES[dtype])
 
 
 def _clip(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     return x.clamp(alpha, beta)
+
+
+def _threshold(x: Tensor, alpha: Tensor) -> Tensor:
+    return x.clamp(min=alpha)
+
+
+def _clamped_relu(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    return torch.where(x >= 0, x, alpha * x).clamp(max=beta)
 
 
 def _elu(x: Tensor, alpha: Tensor) -> Tensor:
@@ -68,6 +121,10 @@ def _leaky_relu(x: Tensor, alpha: Tensor) -> Tensor:
     return F.leaky_relu(x, float(alpha))
 
 
+def _linear_activation(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    return alpha * x + beta
+
+
 def _thresholded_relu(x: Tensor, alpha: Tensor) -> Tensor:
     return torch.where(x >= alpha, x, torch.zeros_like(x))
 
@@ -76,8 +133,17 @@ def _prelu(x: Tensor, alpha: Tensor) -> Tensor:
     return F.prelu(x, alpha)
 
 
+def _scaled_tanh(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    return alpha * torch.tanh(beta * x)
+
+
 def _sigmoid_hard(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     return (alpha * x + beta).clamp(0, 1)
+
+
+def _softplus_parametric(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    along = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+    return alpha.reshape(along) * F.softplus(beta.reshape(along) * x)
 
 
 def _gelu(x: Tensor, mode: str = "EXACT") -> Tensor:
@@ -86,18 +152,18 @@ def _gelu(x: Tensor, mode: str = "EXACT") -> Tensor:
     return F.gelu(x, approximate="none" if mode == "EXACT" else "tanh")
 
 
-def _softmax(x: Tensor, axis: Tensor) -> Tensor:
+def _softmax(x: Tensor, axis: Scalar = -1) -> Tensor:
     return x.softmax(int(axis))
 
 
 def _layer_norm(
     x: Tensor,
-    axes: Tensor,
-    epsilon: Tensor,
+    axes: Tensor | None = None,
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
+    epsilon: Scalar = 1e-5,
 ) -> Tensor:
-    axis = [index % x.dim() for index in ints(axes)]
+    axis = list(range(x.dim())) if axes is None else [index % x.dim() for index in ints(axes)]
     variance, mean = torch.var_mean(x, axis, correction=0, keepdim=True)
     along = [size if index in axis else 1 for index, size in enumerate(x.shape)]
     y = (x - mean) * torch.rsqrt(variance + epsilon)
@@ -109,24 +175,36 @@ def _batch_norm(
     x: Tensor,
     mean: Tensor,
     variance: Tensor,
-    epsilon: Tensor,
     gamma: Tensor | None = None,
     beta: Tensor | None = None,
+    epsilon: Scalar = 1e-5,
 ) -> Tensor:
     return F.batch_norm(x, mean, variance, gamma, beta, eps=float(epsilon))
 
 
 def _instance_norm(
-    x: Tensor, epsilon: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None
+    x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: Scalar = 1e-5
 ) -> Tensor:
     return F.instance_norm(x, weight=gamma, bias=beta, eps=float(epsilon))
+
+
+def _l2_norm(x: Tensor, epsilon: Scalar = 1e-6) -> Tensor:
+    return x * torch.rsqrt(x.square().sum((-3, -2, -1), keepdim=True) + epsilon)
+
+
+def _local_response_norm(
+    x: Tensor, size: Tensor, alpha: Scalar = 1e-4, beta: Scalar = 0.75, k: Scalar = 1.0
+) -> Tensor:
+    return F.local_response_norm(x, int(size), float(alpha), float(beta), float(k))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _matmul(x: Tensor, y: Tensor, transpose_x: Tensor, transpose_y: Tensor) -> Tensor:
+def _matmul(
+    x: Tensor, y: Tensor, transpose_x: Scalar = False, transpose_y: Scalar = False
+) -> Tensor:
     return (x.mT if transpose_x else x) @ (y.mT if transpose_y else y)
 
 
@@ -137,158 +215,92 @@ def _einsum(values: list[Tensor], equation: str) -> Tensor:
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
 ) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask)
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    attended: Tensor = scores.softmax(-1) @ value
+    return attended
 
 
 def _select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(cond, a, b)
 
 
-def _gather(
-    x: Tensor, indices: Tensor, axis: Tensor, batch_dims: Tensor, validate_indices: Tensor
+def _along(x: Tensor, values: Tensor, axis: Tensor | None) -> Tensor:
+    """One value per element of an axis, or a single one, in the rank of ``x``."""
+    if axis is None:
+        return values
+    position = int(axis) % x.dim()
+    return values.reshape([-1 if index == position else 1 for index in range(x.dim())])
+
+
+def _quantize(
+    input: Tensor,
+    scale: Tensor,
+    output_dtype: str,
+    zero_point: Tensor | None = None,
+    axis: Tensor | None = None,
 ) -> Tensor:
-    if batch_dims:
-        raise ValueError("batch_dims other than 0 are not known")
-    along = int(axis) % x.dim()
-    index = torch.where(indices < 0, indices + x.shape[along], indices)
-    taken = x.index_select(along, index.reshape(-1))
-    return taken.reshape(*x.shape[:along], *indices.shape, *x.shape[along + 1 :])
+    limits = torch.iinfo(DTYPES[output_dtype])
+    steps = (input / _along(input, scale, axis)).round()
+    if zero_point is not None:
+        steps = steps + _along(input, zero_point, axis)
+    return steps.clamp(limits.min, limits.max).to(torch.int64)
 
 
-def _argmax(x: Tensor, axis: Tensor, keep_dims: Tensor, output_dtype: str = "int32") -> Tensor:
-    return x.argmax(int(axis), bool(keep_dims))
-
-
-def _reshape(x: Tensor, shape: Tensor) -> Tensor:
-    return x.reshape(ints(shape))
-
-
-def _transpose(x: Tensor, perm: Tensor) -> Tensor:
-    return x.permute(ints(perm))
-
-
-def _expand_dims(x: Tensor, axes: Tensor) -> Tensor:
-    rank = x.dim() + axes.numel()
-    for axis in sorted(index % rank for index in ints(axes)):
-        x = x.unsqueeze(axis)
-    return x
-
-
-def _squeeze(x: Tensor, axes: Tensor | None = None) -> Tensor:
-    return x.squeeze() if axes is None else x.squeeze(ints(axes))
-
-
-def _concat(values: list[Tensor], axis: Tensor, interleave: Tensor) -> Tensor:
-    if interleave:
-        raise ValueError("interleave is not known")
-    return torch.cat(values, int(axis))
-
-
-def _stack(values: list[Tensor], axis: Tensor) -> Tensor:
-    return torch.stack(values, int(axis))
-
-
-def _split(
-    x: Tensor,
-    axis: Tensor,
-    num_splits: Tensor | None = None,
-    split_sizes: Tensor | None = None,
-) -> list[Tensor]:
-    if num_splits is not None:
-        return list(x.tensor_split(int(num_splits), int(axis)))
-    if split_sizes is None:
-        raise ValueError("neither num_splits nor split_sizes is given")
-    return list(x.split(ints(split_sizes), int(axis)))
-
-
-def _tile(x: Tensor, reps: Tensor) -> Tensor:
-    return x.repeat(ints(reps))
-
-
-def _reverse(x: Tensor, axes: Tensor | None = None) -> Tensor:
-    return x.flip(list(range(x.dim())) if axes is None else ints(axes))
-
-
-def _cumsum(x: Tensor, axis: Tensor, exclusive: Tensor, reverse: Tensor) -> Tensor:
-    along = int(axis)
-    ordered = x.flip(along) if reverse else x
-    total = ordered.cumsum(along) - (ordered if exclusive else 0)
-    return total.flip(along) if reverse else total
-
-
-def _band_part(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Keep ``lower`` diagonals below the main one and ``upper`` above it; -1 keeps all."""
-    x = x if lower < 0 else x.triu(-int(lower))
-    return x if upper < 0 else x.tril(int(upper))
-
-
-def _slice_by_size(x: Tensor, begin: Tensor, size: Tensor) -> Tensor:
-    for axis, (start, length) in enumerate(zip(ints(begin), ints(size), strict=True)):
-        x = x.narrow(axis, start, x.shape[axis] - start if length == -1 else length)
-    return x
-
-
-def _slice_by_index(
-    x: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    stride: Tensor | None = None,
-    begin_mask: Tensor | None = None,
-    end_mask: Tensor | None = None,
-    squeeze_mask: Tensor | None = None,
+def _dequantize(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    axis: Tensor | None = None,
 ) -> Tensor:
-    def per_axis(values: Tensor | None, default: int) -> list[int]:
-        return [default] * x.dim() if values is None else ints(values)
-
-    steps = per_axis(stride, 1)
-    open_begin, open_end = per_axis(begin_mask, 0), per_axis(end_mask, 0)
-    starts, ends, single = ints(begin), ints(end), per_axis(squeeze_mask, 0)
-    for axis in reversed(range(x.dim())):
-        indices = range(x.shape[axis])
-        if single[axis]:
-            x = x.select(axis, indices[starts[axis]])
-            continue
-        first = None if open_begin[axis] else starts[axis]
-        last = None if open_end[axis] else ends[axis]
-        # torch has no negative steps; an index does.
-        x = x.index_select(
-            axis, torch.tensor(indices[first : last : steps[axis]], dtype=torch.int64)
-        )
-    return x
+    steps = input if zero_point is None else input - _along(input, zero_point, axis)
+    return steps * _along(input, scale, axis)
 
 
-def _pad(
-    x: Tensor, pad: Tensor, mode: str = "constant", constant_val: Tensor | None = None
-) -> Tensor:
-    pairs = ints(pad)
-    while pairs[:2] == [0, 0]:
-        pairs = pairs[2:]  # torch reflects only the axes that it pads
-    innermost_first = [size for i in range(len(pairs) - 2, -1, -2) for size in pairs[i : i + 2]]
-    if mode == "constant":
-        return F.pad(x, innermost_first, value=0.0 if constant_val is None else float(constant_val))
-    return F.pad(x, innermost_first, mode=mode)
+def _classify(probabilities: Tensor, classes: tuple[str | int, ...]) -> list[Result]:
+    """The label, and in place of the dictionary the probabilities in the order of the labels."""
+    flat = probabilities.reshape(-1)
+    if flat.numel() != len(classes):
+        raise ValueError(f"{flat.numel()} probabilities for {len(classes)} classes")
+    label = classes[int(flat.argmax())]
+    return [label if isinstance(label, str) else torch.tensor(label), flat]
 
 
 TABLE: dict[str, Operator] = {
     "abs": _unary(torch.abs),
+    "acos": _unary(torch.acos),
+    "asin": _unary(torch.asin),
+    "atan": _unary(torch.atan),
+    "atanh": _unary(torch.atanh),
+    "ceil": _unary(torch.ceil),
     "cos": _unary(torch.cos),
+    "cosh": _unary(torch.cosh),
     "erf": _unary(torch.erf),
     "exp": _unary(torch.exp),
+    "exp2": _unary(torch.exp2),
     "floor": _unary(torch.floor),
     "identity": _unary(torch.clone),
     "logical_not": _unary(torch.logical_not),
     "relu": _unary(torch.relu),
     "relu6": _unary(F.relu6),
+    "round": _unary(torch.round),
     "sigmoid": _unary(torch.sigmoid),
+    "sign": _unary(torch.sign),
     "silu": _unary(F.silu),
     "sin": _unary(torch.sin),
+    "sinh": _unary(torch.sinh),
     "softplus": _unary(F.softplus),
+    "softsign": _unary(F.softsign),
     "sqrt": _unary(torch.sqrt),
     "square": _unary(torch.square),
+    "tan": _unary(torch.tan),
     "tanh": _unary(torch.tanh),
-    "inverse": _shifted(torch.reciprocal),
-    "log": _shifted(torch.log),
-    "rsqrt": _shifted(torch.rsqrt),
+    "inverse": _shifted(torch.reciprocal, 1e-4),
+    "log": _shifted(torch.log, 1e-45),
+    "rsqrt": _shifted(torch.rsqrt, 1e-12),
     "add": _binary(torch.add),
     "equal": _binary(torch.eq),
     "floor_div": _binary(torch.floor_divide),
@@ -298,6 +310,7 @@ TABLE: dict[str, Operator] = {
     "less_equal": _binary(torch.le),
     "logical_and": _binary(torch.logical_and),
     "logical_or": _binary(torch.logical_or),
+    "logical_xor": _binary(torch.logical_xor),
     "maximum": _binary(torch.maximum),
     "minimum": _binary(torch.minimum),
     "mod": _binary(torch.remainder),
@@ -306,42 +319,43 @@ TABLE: dict[str, Operator] = {
     "pow": _binary(torch.pow),
     "real_div": _binary(torch.div),
     "sub": _binary(torch.sub),
+    "reduce_argmax": _extreme(torch.argmax),
+    "reduce_argmin": _extreme(torch.argmin),
+    "reduce_l1_norm": _reduction(lambda x, dim, keepdim: x.abs().sum(dim, keepdim)),
     "reduce_l2_norm": _reduction(torch.linalg.vector_norm),
+    "reduce_log_sum": _reduction(lambda x, dim, keepdim: x.sum(dim, keepdim).log()),
+    "reduce_log_sum_exp": _reduction(torch.logsumexp),
     "reduce_max": _reduction(torch.amax),
     "reduce_mean": _reduction(torch.mean),
     "reduce_min": _reduction(torch.amin),
+    "reduce_prod": _reduction(_product),
     "reduce_sum": _reduction(torch.sum),
-    "band_part": _band_part,
+    "reduce_sum_square": _reduction(lambda x, dim, keepdim: x.square().sum(dim, keepdim)),
     "batch_norm": _batch_norm,
     "cast": _cast,
+    "clamped_relu": _clamped_relu,
+    "classify": _classify,
     "clip": _clip,
-    "concat": _concat,
-    "cumsum": _cumsum,
+    "dequantize": _dequantize,
     "einsum": _einsum,
     "elu": _elu,
-    "expand_dims": _expand_dims,
-    "gather": _gather,
     "gelu": _gelu,
     "instance_norm": _instance_norm,
+    "l2_norm": _l2_norm,
     "layer_norm": _layer_norm,
     "leaky_relu": _leaky_relu,
     "linear": _linear,
+    "linear_activation": _linear_activation,
+    "local_response_norm": _local_response_norm,
     "matmul": _matmul,
-    "pad": _pad,
     "prelu": _prelu,
-    "reduce_argmax": _argmax,
-    "reshape": _reshape,
-    "reverse": _reverse,
+    "quantize": _quantize,
     "scaled_dot_product_attention": _attention,
+    "scaled_tanh": _scaled_tanh,
     "select": _select,
     "sigmoid_hard": _sigmoid_hard,
-    "slice_by_index": _slice_by_index,
-    "slice_by_size": _slice_by_size,
     "softmax": _softmax,
-    "split": _split,
-    "squeeze": _squeeze,
-    "stack": _stack,
+    "softplus_parametric": _softplus_parametric,
+    "threshold": _threshold,
     "thresholded_relu": _thresholded_relu,
-    "tile": _tile,
-    "transpose": _transpose,
 }
