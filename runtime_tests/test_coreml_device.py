@@ -24,6 +24,7 @@ from dkm_export.checking.runtime import NumericClass, Runtime
 from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.spec import LayerRule
 from dkm_exporters.coreml import CoreMLExporter, CoreMLOptions
+from dkm_exporters.coreml.options import ImageInput
 from dkm_exporters.coreml.package import Package
 from dkm_runtimes.coreml import (
     CoreMLCPURuntime,
@@ -31,7 +32,7 @@ from dkm_runtimes.coreml import (
     CoreMLNeuralEngineRuntime,
     CoreMLRuntime,
 )
-from dkm_runtimes.pixels import ImageInput, image_inputs, picture, pixels
+from dkm_runtimes.pixels import image_inputs, picture, pixels
 from tests.zoo import IMAGE, TOKENS, palettize
 
 ct = pytest.importorskip("coremltools")

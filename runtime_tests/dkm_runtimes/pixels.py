@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from dkm_export.errors import Unsupported
-from dkm_export.spec import Frozen
+from dkm_exporters.coreml.options import IMAGES_KEY, ImageInput
 from dkm_exporters.coreml.package import Package
-
-IMAGES_KEY: Final = "dkm_export.images"
-"""User-defined metadata: JSON of `ImageInput` by the name of the input."""
 
 _TOLERANCE: Final = 1e-3
 """Of a pixel. Normalizing in float32 and back is off by less than a tenth of it."""
-
-
-class ImageInput(Frozen):
-    """How a package makes the model's input: ``scale * pixel + bias``, channel by channel.
-
-    Attributes:
-        bias: of each channel, in the order of ``color_layout``.
-        color_layout: what the channels of the model's input are.
-    """
-
-    scale: Annotated[FiniteFloat, Field(gt=0)]
-    bias: Annotated[tuple[FiniteFloat, ...], Field(min_length=1, max_length=3)]
-    color_layout: Literal["RGB", "BGR", "GRAYSCALE"]
-
-    @property
-    def channels(self) -> int:
-        """Channels of the model's input."""
-        return 1 if self.color_layout == "GRAYSCALE" else 3
 
 
 _IMAGES: Final = TypeAdapter(dict[str, ImageInput])
@@ -51,8 +30,9 @@ def image_inputs(package: Package) -> dict[str, ImageInput]:
     except ValidationError as error:
         raise package.invalid(f"the metadata '{IMAGES_KEY}' is malformed") from error
     for name, image in images.items():
-        shape = package.inputs.get(name) or ()
-        if len(shape) != 4 or shape[:2] != (1, len(image.bias)) or shape[1] != image.channels:
+        given = package.inputs.get(name)
+        shape = given.shape if given and given.shape else ()
+        if len(shape) != 4 or shape[:2] != (1, image.channels):
             raise package.invalid(f"the metadata '{IMAGES_KEY}' does not fit the input '{name}'")
     return images
 
@@ -64,8 +44,8 @@ def pixels(x: npt.NDArray[Any], image: ImageInput) -> npt.NDArray[np.float64]:
         x: ``[..., channels, height, width]``, an input of the model.
         image: how the package makes it.
     """
-    bias = np.array(image.bias).reshape(-1, 1, 1)
-    values: npt.NDArray[np.float64] = (x.astype(np.float64) - bias) / image.scale
+    scale, bias = (np.array(value).reshape(-1, 1, 1) for value in (image.scale, image.bias))
+    values: npt.NDArray[np.float64] = (x.astype(np.float64) - bias) / scale
     return values
 
 

@@ -6,7 +6,6 @@ that is a palette by ``constexpr_lut_to_dense``. No later pass folds anything in
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +23,7 @@ from torch.export import ExportedProgram
 from dkm_export.errors import Unsupported
 from dkm_export.palette import Palette
 from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
+from dkm_exporters.coreml.messages import model_warnings
 from dkm_exporters.coreml.options import CoreMLOptions
 from dkm_exporters.coreml.tracing import PROBABILITIES, constants, floating_outputs, trace
 
@@ -60,7 +60,7 @@ def convert(
         InvalidInput: when the model returns other outputs than its source or the options say.
     """
     program = trace(model.source, module, options)
-    parameters = constants(program, model)
+    parameters = constants(program, model, options)
     palettes = {name: model.palettes[parameter] for name, parameter in parameters.items()}
     try:
         _convert(program, model.source, palettes, path, options)
@@ -166,8 +166,7 @@ def _convert(
         classifier = ct.ClassifierConfig(
             list(options.class_labels), predicted_probabilities_output=PROBABILITIES
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with model_warnings():
         ct.convert(
             program,
             inputs=[_input_type(spec, options) for spec in source.inputs],

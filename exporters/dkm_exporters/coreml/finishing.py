@@ -15,16 +15,12 @@ from dkm_export import __version__
 from dkm_export.errors import Unsupported
 from dkm_export.palettized import PalettizedModel
 from dkm_exporters.coreml.constants import LUT_TO_DENSE
-from dkm_exporters.coreml.options import CoreMLOptions
+from dkm_exporters.coreml.options import IMAGES_KEY, CoreMLOptions
 from dkm_exporters.coreml.palettes import LAYERS_KEY, Layer, layers_metadata
 
 _AUTHOR: Final = "com.apple.CoreML"
 _MODEL: Final = f"{_AUTHOR}/model.mlmodel"
 _WEIGHTS: Final = f"{_AUTHOR}/weights"
-
-
-_IMAGES_KEY: Final = "dkm_export.images"
-"""User-defined metadata: JSON of `ImageInput` by the name of the input."""
 
 
 def finish(
@@ -92,7 +88,7 @@ def _describe(
         metadata.userDefined["dkm_export.checkpoint_sha256"] = model.sha256
     if options.images:
         images = {name: image.model_dump() for name, image in options.images.items()}
-        metadata.userDefined[_IMAGES_KEY] = json.dumps(images, sort_keys=True)
+        metadata.userDefined[IMAGES_KEY] = json.dumps(images, sort_keys=True)
 
 
 def _check_names(spec: Any, model: PalettizedModel) -> None:

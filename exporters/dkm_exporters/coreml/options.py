@@ -33,6 +33,9 @@ _CAPABILITIES: Final[dict[DeploymentTarget, Capabilities | None]] = {
 
 _CHANNELS: Final = {"RGB": 3, "BGR": 3, "GRAYSCALE": 1}
 
+IMAGES_KEY: Final = "dkm_export.images"
+"""User-defined metadata of a package: JSON of `ImageInput` by the name of the input."""
+
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -149,7 +149,7 @@ class Package:
         path: the ``.mlpackage``.
         metadata: the model's user-defined metadata.
         inputs: types by name, in order; states are not among them.
-        outputs: names, in order.
+        outputs: names, in order. A classifier's label and probabilities stand for want of others.
         float16: whether any operation gives float16.
         operations: in order of execution.
 
@@ -177,7 +177,9 @@ class Package:
             for entry in function.inputs
             if entry.type.WhichOneof("type") != "stateType"
         }
-        self.outputs = list(block.outputs)
+        description = model.description
+        labels = {description.predictedFeatureName, description.predictedProbabilitiesName}
+        self.outputs = [name for name in block.outputs if name not in labels] or [*block.outputs]
         outputs = [output for operation in block.operations for output in operation.outputs]
         names = {*(entry.name for entry in function.inputs), *(output.name for output in outputs)}
         if len(names) < len(function.inputs) + len(outputs):

@@ -54,12 +54,14 @@ def trace(source: ModelSource, module: nn.Module, options: CoreMLOptions) -> Exp
         {axis: Dim.AUTO for axis, sizes in enumerate(options.sizes(spec)) if len(sizes) > 1}
         for spec in source.inputs
     ]
-    program = _Program(module, source, options).eval()
+    dynamic: Any = tuple(flexible)
+    if _is_wrapped(options):
+        module, dynamic = _Program(module, source, options).eval(), (dynamic,)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported: ExportedProgram = torch.export.export(
-                program, tuple(inputs), dynamic_shapes=(tuple(flexible),)
+                module, tuple(inputs), dynamic_shapes=dynamic
             ).run_decompositions(_DECOMPOSITIONS)
     except Exception as error:  # tracing runs the model's own code
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
@@ -69,7 +71,9 @@ def trace(source: ModelSource, module: nn.Module, options: CoreMLOptions) -> Exp
     return exported
 
 
-def constants(program: ExportedProgram, model: PalettizedModel) -> dict[str, str]:
+def constants(
+    program: ExportedProgram, model: PalettizedModel, options: CoreMLOptions
+) -> dict[str, str]:
     """Palettized parameter by name of its constant, which is that of its placeholder.
 
     Raises:
@@ -78,10 +82,11 @@ def constants(program: ExportedProgram, model: PalettizedModel) -> dict[str, str
     used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
     owners = {**{name: name for name in model.palettes}, **model.ties}
     parameters = program.graph_signature.inputs_to_parameters
+    prefix = "model." if _is_wrapped(options) else ""
     found = {
         constant: owners[parameter]
-        for constant, wrapped in parameters.items()
-        if (parameter := wrapped.removeprefix("model.")) in owners and constant in used
+        for constant, traced in parameters.items()
+        if (parameter := traced.removeprefix(prefix)) in owners and constant in used
     }
     unused = sorted(model.palettes.keys() - set(found.values()))
     if unused:
@@ -95,6 +100,11 @@ def constants(program: ExportedProgram, model: PalettizedModel) -> dict[str, str
 def floating_outputs(program: ExportedProgram) -> list[bool]:
     """For each output, whether it is floating point."""
     return [isinstance(value, Tensor) and value.is_floating_point() for value in _outputs(program)]
+
+
+def _is_wrapped(options: CoreMLOptions) -> bool:
+    """Whether there is a `_Program` around the model, and so a prefix before its parameters."""
+    return bool(options.images or options.class_labels)
 
 
 def _from_pixels(x: Tensor, image: ImageInput) -> Tensor:
@@ -158,4 +168,10 @@ def _gelu(x: Tensor, *, approximate: str = "none") -> Any:
     return 0.5 * x * (torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3))) + 1)
 
 
-_DECOMPOSITIONS: Final = {torch.ops.aten.gelu.default: _gelu}
+_RECURRENT: Final = [torch.ops.aten.lstm.input, torch.ops.aten.gru.input]
+"""Operators that coremltools does not know as torch.export has them."""
+
+_DECOMPOSITIONS: Final = {
+    torch.ops.aten.gelu.default: _gelu,
+    **torch._decomp.get_decompositions(_RECURRENT),
+}

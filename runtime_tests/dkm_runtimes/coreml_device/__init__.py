@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from dkm_export.checking.metrics import LIMITS
 from dkm_export.checking.runtime import Arrays, NumericClass
+from dkm_exporters.coreml.options import ImageInput
 from dkm_exporters.coreml.package import Package
-from dkm_runtimes.pixels import ImageInput, image_inputs, picture
+from dkm_runtimes.pixels import image_inputs, picture
 
 _OPAQUE: Final = 255
 

@@ -28,6 +28,7 @@ from dkm_runtimes.coreml_reference.bounds import (
     check_bytes,
     nbytes,
 )
+from dkm_runtimes.pixels import image_inputs, pixels
 
 OPERATORS: Mapping[str, Callable[..., Any]] = {
     **operators.TABLE,
@@ -58,6 +59,7 @@ class ReferenceSession(Session):
 
     def __init__(self, artifact: Path, *, rounding: bool = False) -> None:
         self._package = Package(artifact)
+        self._images = image_inputs(self._package)
         self._rounding = rounding
         if rounding and not self._package.float16:
             raise self._package.unsupported("the program is float32, so nothing would be rounded")
@@ -161,7 +163,11 @@ class ReferenceSession(Session):
                 raise InvalidInput(
                     f"input '{name}' has shape {list(inputs[name].shape)}, expected {expected}"
                 )
-        return {name: self._rounded(_tensor(inputs[name]), types[name]) for name in types}
+        given = {
+            name: pixels(x, self._images[name]) if name in self._images else x
+            for name, x in inputs.items()
+        }
+        return {name: self._rounded(_tensor(given[name]), types[name]) for name in types}
 
     def _evaluate(self, operation: Operation, values: Mapping[str, Value]) -> dict[str, Value]:
         try:
