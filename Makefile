@@ -6,7 +6,7 @@ DEMO := build/demo
 RECIPE := models/dkm_models/recipes/digits.toml
 RUNTIMES := onnxruntime,executorch,coreml-reference
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: .venv/installed
 	$(BIN)/dkm compress $(RECIPE) -o $(DEMO)/run --force
@@ -14,7 +14,10 @@ demo: .venv/installed
 	$(BIN)/dkm check $(DEMO)/out --require $(RUNTIMES) --max-drop 1.5
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .

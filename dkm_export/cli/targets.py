@@ -30,7 +30,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         return ExitCode.OK
     terminal.table(
         "targets",
-        ("target", "bits", "dim", "axis", "groups", "rest", "options", "here"),
+        ("target", "bits", "dim", "axis", "groups", "rest", "here"),
         [
             (
                 exporter.target,
@@ -41,13 +41,17 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
                 else " ".join(map(str, exporter.capabilities.axes)),
                 "yes" if exporter.capabilities.groups else "no",
                 "padded" if exporter.capabilities.padding else "refused",
-                " ".join(exporter.options.model_fields) or "none",
                 exporter.unavailable() or "yes",
             )
             for exporter in exporters
         ],
     )
-    terminal.print("rest: where dim does not divide its axis\n")
+    terminal.print("rest: where dim does not divide its axis")
+    for exporter in exporters:
+        if exporter.options.model_fields:
+            names = ", ".join(exporter.options.model_fields)
+            terminal.print(f"{exporter.target}, --set {exporter.target}.<option>=<value>: {names}")
+    terminal.print()
     terminal.table(
         "runtimes",
         ("runtime", "target", "how it runs", "here"),

@@ -53,6 +53,16 @@ def _read_labels(value: object) -> object:
         raise ValueError(f"{value}: {reason}: name a file with one label in each line") from error
 
 
+def _require_text(value: object) -> object:
+    """Refuse what the command line took for a number: of a version 1.10, 1.1 would be left."""
+    if not isinstance(value, str):
+        raise ValueError(f"{value} is no text: put quotes around it, as in '\"{value}\"'")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_require_text)]
+
+
 class ImageInput(Frozen):
     """An input that the app gives as an image; the model's input is ``scale * pixel + bias``.
 
@@ -112,10 +122,10 @@ class CoreMLOptions(Frozen):
     softmax: bool = True
     enumerated_shapes: dict[str, tuple[tuple[Size, ...], ...]] = Field(default_factory=dict)
     shape_ranges: dict[str, tuple[Size | tuple[Size, Size], ...]] = Field(default_factory=dict)
-    author: str = ""
-    license: str = ""
-    version: str = ""
-    description: str = ""
+    author: Text = ""
+    license: Text = ""
+    version: Text = ""
+    description: Text = ""
 
     @property
     def capabilities(self) -> Capabilities | None:
