@@ -142,6 +142,21 @@ def test_batch_norm_stays_separate(tmp_path: Path) -> None:
     assert kinds.count("constexpr_lut_to_dense") == len(model.palettes)
 
 
+def test_equal_constants_are_stored_once(tmp_path: Path) -> None:
+    from dkm_exporters.coreml.package import Package, Reference
+
+    model = palettize("tests.zoo:convolutions", IMAGE, LayerRule(bits=4))
+    package = Package(lower(model, tmp_path, "fp16"))
+    constants = [
+        (np.asarray(value).dtype, np.asarray(value).shape, str(value))
+        for operation in package.operations
+        if operation.kind == "const"
+        for (value,) in operation.arguments.values()
+        if not isinstance(value, Reference) and np.asarray(value).size < 10
+    ]
+    assert len(constants) == len(set(constants)) > 1
+
+
 @pytest.mark.parametrize(("precision", "pair"), [("fp16", (6e-8, 1.2e-7)), ("fp32", (0.0, -0.0))])
 def test_nearly_equal_palettes_stay_apart(
     precision: str, pair: tuple[float, float], tmp_path: Path

@@ -1,4 +1,4 @@
-"""Give a package that coremltools wrote its layer names, and bytes that do not change by run."""
+"""Give a package that coremltools wrote layer names, and fewer bytes that do not change by run."""
 
 from __future__ import annotations
 
@@ -42,11 +42,34 @@ def finish(
     _check_palettes(spec, operations)
     _check_names(spec, model)
     _describe(spec.description.metadata, model, operations, options)
+    for function in spec.mlProgram.functions.values():
+        for block in function.block_specializations.values():
+            _share_constants(block)
     file.write_bytes(spec.SerializeToString(deterministic=True))
     (path / "Manifest.json").write_text(_manifest())
     # coremltools makes these readable for their owner only.
     file.chmod(stat.S_IMODE((path / "Manifest.json").stat().st_mode))
     (path / "Data" / _WEIGHTS).chmod(stat.S_IMODE(path.stat().st_mode))
+
+
+def _share_constants(block: Any) -> None:
+    """Keep one of equal constants in the model file, of which every operation has its own."""
+    kept: dict[bytes, str] = {}
+    equal: dict[str, str] = {}
+    for operation in block.operations:
+        if operation.type == "const" and operation.attributes["val"].HasField("immediateValue"):
+            value = operation.attributes["val"].SerializeToString(deterministic=True)
+            name = operation.outputs[0].name
+            equal[name] = kept.setdefault(value, name)
+    for index in reversed(range(len(block.operations))):
+        operation = block.operations[index]
+        for argument in operation.inputs.values():
+            for binding in argument.arguments:
+                if binding.name in equal:
+                    binding.name = equal[binding.name]
+        name = operation.outputs[0].name
+        if equal.get(name, name) != name and name not in block.outputs:
+            del block.operations[index]
 
 
 def _check_palettes(spec: Any, operations: Mapping[str, str]) -> None:
