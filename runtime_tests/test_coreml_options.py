@@ -13,13 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dkm_export import fold_before_training
+from dkm_export.checking.check import check
+from dkm_export.checkpoint import save_checkpoint
 from dkm_export.compress import finalize, prepare
-from dkm_export.errors import InvalidInput, Unsupported
-from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel, load_state
+from dkm_export.errors import ExitCode, InvalidInput, Unsupported
+from dkm_export.exporting.export import export
+from dkm_export.palettized import BatchNorm, InputSpec, ModelSource, PalettizedModel, load_state
 from dkm_export.spec import CompressionSpec, LayerRule
 from dkm_exporters.coreml import CoreMLExporter, CoreMLOptions
 from dkm_exporters.coreml.package import Package
 from dkm_runtimes.coreml_reference import CoreMLReferenceRuntime
+from tests.networks import FAMILIES
 from tests.zoo import IMAGE, TOKENS, lively, palettize
 
 pytest.importorskip("coremltools")
@@ -141,6 +146,42 @@ def test_every_palette_that_the_format_holds(
     outputs = CoreMLReferenceRuntime().load(package).run({"tokens": tokens.numpy()})
     for ours, theirs in zip(outputs, reference(tokens), strict=True):
         assert relative_l2(ours, theirs) <= 1e-5
+
+
+def ways() -> Iterator[Any]:
+    """Each family in both precisions, and with its batch norms folded where it has some."""
+    for name, family in FAMILIES.items():
+        kept: BatchNorm = "separate"
+        folded: BatchNorm = "fold-before-training"
+        for batch_norm, precision in ((kept, "fp16"), (kept, "fp32"), (folded, "fp32")):
+            if batch_norm == kept or family.batch_norms:
+                usual = (batch_norm, precision) == (kept, "fp16") and not family.slow
+                marks = [] if usual else [pytest.mark.slow]
+                yield pytest.param(name, batch_norm, precision, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "batch_norm", "precision"), ways())
+def test_every_family_passes_the_check(
+    name: str, batch_norm: BatchNorm, precision: str, tmp_path: Path
+) -> None:
+    family = FAMILIES[name]
+    source = ModelSource(
+        name=name,
+        factory="tests.networks:make",
+        arguments={"name": name},
+        inputs=family.inputs,
+        outputs=family.outputs,
+        batch_norm=batch_norm,
+    )
+    module = family.make()
+    if batch_norm == "fold-before-training":
+        fold_before_training(module, source.example_inputs())
+    prepare(module, CompressionSpec(rules=(LayerRule(bits=6),), small_layer_size=0))
+    save_checkpoint(finalize(module, source), tmp_path / "model.dkm.safetensors")
+    settings = {"coreml": {"precision": precision}}
+    export(tmp_path / "model.dkm.safetensors", ["coreml"], tmp_path / "out", settings=settings)
+    report = check(tmp_path / "out", runtimes=["coreml-reference"])
+    assert report.exit_code is ExitCode.OK, report.runtimes
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,11 @@ from dkm_export.spec import LayerRule
 from dkm_exporters.coreml.constants import Lut
 from dkm_exporters.coreml.package import Package
 from dkm_exporters.coreml.palettes import read_palettes
-from dkm_models.bert import sentence_encoder, text_classifier
-from dkm_models.mobilenet import mobilenet_v1, mobilenet_v2
-from dkm_models.resnet import resnet18, resnet50
+from dkm_models.bert import sentence_encoder
 from dkm_runtimes.coreml_reference import CoreMLReferenceFp16Runtime, CoreMLReferenceRuntime
 from tests import zoo
 from tests.mlpackages import edit_model, kinds, operations, program, run, save
+from tests.networks import BERT, FAMILIES, Family, Recurrent, ViT, mobile
 from tests.zoo import lively
 
 ct = pytest.importorskip("coremltools")
@@ -43,144 +41,6 @@ mb, types = mil.Builder, mil.types
 
 TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
 TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2}
-
-
-class SqueezeExcite(nn.Module):
-    """Channels weighed by what they are on average."""
-
-    def __init__(self, channels: int, gate: nn.Module) -> None:
-        super().__init__()
-        self.reduce = nn.Conv2d(channels, 4, 1)
-        self.expand = nn.Conv2d(4, channels, 1)
-        self.gate = gate
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.expand(torch.relu(self.reduce(F.adaptive_avg_pool2d(x, 1))))
-        y: Tensor = x * self.gate(weight)
-        return y
-
-
-class InvertedResidual(nn.Module):
-    """The unit of MobileNet-v3 and EfficientNet."""
-
-    def __init__(self, activation: nn.Module, gate: nn.Module) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(8, 24, 1, bias=False),
-            nn.BatchNorm2d(24),
-            activation,
-            nn.Conv2d(24, 24, 5, padding=2, groups=24, bias=False),
-            nn.BatchNorm2d(24),
-            activation,
-            SqueezeExcite(24, gate),
-            nn.Conv2d(24, 8, 1, bias=False),
-            nn.BatchNorm2d(8),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.body(x)
-        return y
-
-
-def mobile(activation: nn.Module, gate: nn.Module) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(8),
-        activation,
-        InvertedResidual(activation, gate),
-        InvertedResidual(activation, gate),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8, 10),
-    )
-
-
-class UNet(nn.Module):
-    """Down twice and up again, by a transposed convolution and by interpolation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.second = nn.Conv2d(8, 16, 3, padding=1)
-        self.bottom = nn.Conv2d(16, 16, 3, padding=1)
-        self.up = nn.ConvTranspose2d(16, 16, 2, 2)
-        self.third = nn.Conv2d(32, 8, 3, padding=1)
-        self.last = nn.Conv2d(16, 2, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        first = F.relu(self.first(image))
-        second = F.relu(self.second(F.max_pool2d(first, 2, 2)))
-        bottom = F.leaky_relu(self.bottom(F.avg_pool2d(second, 2, 2)), 0.2)
-        third = F.elu(self.third(torch.cat([self.up(bottom), second], 1)))
-        wide = F.interpolate(third, scale_factor=2, mode="bilinear", align_corners=False)
-        y: Tensor = self.last(torch.cat([wide, first], 1)).sigmoid()
-        return y + F.interpolate(y[:, :, ::2, ::2], scale_factor=2, mode="nearest")
-
-
-class ViT(nn.Module):
-    """Patches and a class token through layers of torch's own transformer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 32, 8, 8)
-        self.token = nn.Parameter(torch.randn(1, 1, 32))
-        self.positions = nn.Parameter(torch.randn(1, 17, 32))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                32, 4, 64, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(2)
-        )
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = self.patches(image).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
-        for layer in self.layers:
-            x = layer(x)
-        y: Tensor = self.head(x[:, 0])
-        return y
-
-
-class Recurrent(nn.Module):
-    """A recurrent layer over embedded tokens."""
-
-    def __init__(self, layer: nn.LSTM | nn.GRU) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(20, 12)
-        self.layer = layer
-        width = layer.hidden_size * (2 if layer.bidirectional else 1)
-        self.head = nn.Linear(width, 5)
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        sequence, state = self.layer(self.embedding(tokens))
-        last = state[1] if isinstance(state, tuple) else state
-        y: Tensor = self.head(sequence)
-        return y, last
-
-
-BERT = {
-    "model_type": "bert",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 64,
-    "max_position_embeddings": 16,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-    "hidden_dropout_prob": 0.1,
-}
-DISTILBERT = {
-    "model_type": "distilbert",
-    "dim": 32,
-    "n_layers": 2,
-    "n_heads": 4,
-    "hidden_dim": 64,
-    "vocab_size": 64,
-    "max_position_embeddings": 16,
-    "dropout": 0.1,
-}
 
 
 def image(size: int) -> tuple[Tensor, ...]:
@@ -197,29 +57,9 @@ def tokens() -> tuple[Tensor, ...]:
     return (torch.randint(0, 20, (2, 7), dtype=torch.int32),)
 
 
-@dataclass(frozen=True)
-class Family:
-    """A network, example inputs, and whether converting it takes long."""
-
-    make: Callable[[], nn.Module]
-    inputs: Callable[[], tuple[Tensor, ...]]
-    slow: bool = False
-
-
-FAMILIES = {
-    "resnet18": Family(lambda: resnet18(10), lambda: image(32), slow=True),
-    "resnet50": Family(lambda: resnet50(10), lambda: image(32), slow=True),
-    "mobilenet_v1": Family(lambda: mobilenet_v1(10), lambda: image(32), slow=True),
-    "mobilenet_v2": Family(lambda: mobilenet_v2(10), lambda: image(32), slow=True),
-    "mobilenet_v3": Family(lambda: mobile(nn.Hardswish(), nn.Hardsigmoid()), lambda: image(16)),
-    "efficientnet": Family(lambda: mobile(nn.SiLU(), nn.Sigmoid()), lambda: image(16)),
-    "distilbert": Family(lambda: text_classifier(DISTILBERT, 3), text),
-    "minilm": Family(lambda: sentence_encoder(BERT), text),
-    "unet": Family(UNet, lambda: image(16)),
-    "vit": Family(ViT, lambda: image(32)),
-    "lstm": Family(lambda: Recurrent(nn.LSTM(12, 8, batch_first=True)), tokens),
-    "gru": Family(lambda: Recurrent(nn.GRU(12, 8, batch_first=True)), tokens),
-}
+def example(family: Family) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(spec.random(generator) for spec in family.inputs)
 
 
 def convert(
@@ -293,7 +133,7 @@ def _seed() -> None:
 )
 def test_networks(name: str, target: str, precision: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
-    module, inputs = lively(family.make()), family.inputs()
+    module, inputs = family.make(), example(family)
     artifact = convert(module, inputs, tmp_path, target=target, precision=precision)
     assert_same_outputs(module, inputs, artifact, TOLERANCE[precision])
 
@@ -456,7 +296,7 @@ COMPRESSED: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
 )
 def test_weights_that_coremltools_compressed(name: str, precision: str, tmp_path: Path) -> None:
     """The interpreter decodes them as coremltools itself does."""
-    module, inputs = lively(FAMILIES[name].make()), FAMILIES[name].inputs()
+    module, inputs = FAMILIES[name].make(), example(FAMILIES[name])
     dense = {}
     for target in ("iOS16", "iOS18"):
         (tmp_path / target).mkdir()
@@ -876,7 +716,7 @@ def test_float32_programs_have_nothing_to_round(tmp_path: Path) -> None:
 
 def test_unknown_operators_are_named_with_their_place(tmp_path: Path) -> None:
     """Also those with blocks of operations inside, such as coremltools' GRU."""
-    module, inputs = lively(FAMILIES["gru"].make()), tokens()
+    module, inputs = FAMILIES["gru"].make(), tokens()
     taken = [ct.TensorType(shape=inputs[0].shape, dtype=np.int32)]
     artifact = convert(module, inputs, tmp_path, traced=True, inputs=taken)
     message = (

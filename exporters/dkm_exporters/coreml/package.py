@@ -149,7 +149,7 @@ class Package:
         path: the ``.mlpackage``.
         metadata: the model's user-defined metadata.
         inputs: types by name, in order; states are not among them.
-        outputs: names, in order. A classifier's label and probabilities stand for want of others.
+        outputs: names in order, less a classifier's label and probabilities where it has others.
         float16: whether any operation gives float16.
         operations: in order of execution.
 
