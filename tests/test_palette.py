@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dkm_export.errors import InvalidInput
-from dkm_export.palette import Layout, Palette, pack, packed_size, unpack
+from dkm_export.palette import Layout, Palette, pack, packed_size, to_int8_grid, unpack
 
 bits = st.integers(1, 8)
 
@@ -120,3 +120,24 @@ def test_palette_refuses_contradictions() -> None:
         Palette(2, layout, lut, indices + np.uint8(4))
     with pytest.raises(InvalidInput, match="not finite"):
         Palette(2, layout, lut + np.float16(np.inf), indices)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from((1, 2, 4)), st.floats(-18, 8))
+def test_the_int8_grid(seed: int, dim: int, exponent: float) -> None:
+    generator = np.random.default_rng(seed)
+    centroids = (generator.normal(size=(2, 16, dim)) * 2.0**exponent).astype(np.float32)
+    lut = to_int8_grid(centroids)
+    layout = Layout((32, 8), dim, groups=2)
+    indices = generator.integers(0, 16, layout.index_shape, dtype=np.uint8)
+    quantized = Palette(4, layout, lut, indices).int8_lut
+    assert quantized is not None
+    steps, scale = quantized
+    assert np.array_equal(steps.astype(np.float16) * scale, lut)
+    assert np.array_equal(np.log2(scale.astype(float)) % 1, np.zeros_like(scale))
+    assert np.abs(lut - centroids).max() <= 0.5 * scale.max()
+
+
+@pytest.mark.parametrize("values", [[0.1, 1.0], [-0.0, 1.0]])
+def test_a_lut_off_the_int8_grid(values: list[float]) -> None:
+    lut = np.array(values, np.float16).reshape(1, 2, 1)
+    assert Palette(1, Layout((8,)), lut, np.zeros(8, np.uint8)).int8_lut is None
