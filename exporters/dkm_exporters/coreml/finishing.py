@@ -94,8 +94,6 @@ def _describe(
     """What Xcode shows of the model, and what `dkm` reads back."""
     metadata.author, metadata.license = options.author, options.license
     metadata.versionString, metadata.shortDescription = options.version, options.description
-    # the one thing in a package that another day would change
-    metadata.userDefined.pop("com.github.apple.coremltools.conversion_date", None)
     layers = {}
     for operation, parameter in operations.items():
         palette = model.palettes[parameter]
