@@ -9,7 +9,6 @@ from typing import Any
 from dkm_export.checkpoint import SUFFIX, find_checkpoint, load_checkpoint
 from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.exporting.exporter import Exporter
-from dkm_export.files import files_below
 from dkm_export.palette import Palette
 from dkm_export.plugins import EXPORTERS, discover
 from dkm_export.quiet import quiet
@@ -32,10 +31,12 @@ def inspect(path: Path, *, verbose: bool = False) -> tuple[Path, int, Mapping[st
             raise Unsupported(f"{path}: {reason}")
         with quiet(enabled=not verbose):
             palettes: Mapping[str, Palette] = exporter.read_palettes(path)
+        files = exporter.files(path)
     else:
         path = find_checkpoint(path)
         if not path.name.endswith(SUFFIX):
             known = ", ".join((SUFFIX, *exporters))
             raise InvalidInput(f"{path}: unknown kind of file, known: {known}")
         palettes = load_checkpoint(path).palettes
-    return path, sum(file.stat().st_size for file in files_below(path)), palettes
+        files = [path]
+    return path, sum(file.stat().st_size for file in files), palettes

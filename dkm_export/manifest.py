@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
@@ -9,7 +10,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, ValidationError, model_
 
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
-from dkm_export.files import MANIFEST, files_below, sha256
+from dkm_export.files import MANIFEST, sha256
 from dkm_export.palettized import PalettizedModel
 from dkm_export.spec import Frozen
 from dkm_export.validation import explain
@@ -55,15 +56,17 @@ class Artifact(Frozen):
     files: tuple[FileEntry, ...]
 
     @classmethod
-    def of(cls, target: str, path: Path, root: Path, options: dict[str, Any]) -> Artifact:
-        """Measure the artifact at ``path``, which lies below ``root``."""
-        files = tuple(FileEntry.of(file, root) for file in files_below(path))
+    def of(
+        cls, target: str, path: Path, files: Iterable[Path], root: Path, options: dict[str, Any]
+    ) -> Artifact:
+        """Measure the artifact at ``path``, whose files lie below ``root``."""
+        entries = tuple(FileEntry.of(file, root) for file in files)
         return cls(
             target=target,
             path=path.relative_to(root).as_posix(),
             options=options,
-            bytes=sum(file.bytes for file in files),
-            files=files,
+            bytes=sum(entry.bytes for entry in entries),
+            files=entries,
         )
 
 

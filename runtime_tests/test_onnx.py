@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from dkm_export.checkpoint import save_checkpoint
 from dkm_export.compress import finalize, prepare
 from dkm_export.errors import InvalidInput, Unsupported
-from dkm_export.exporting import NoOptions
 from dkm_export.palette import MAX_DIM, Layout, Palette
 from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
 from dkm_export.spec import CompressionSpec, LayerRule
-from dkm_exporters.onnx import OnnxExporter
+from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 from dkm_exporters.onnx.artifact import write_artifact
 from dkm_exporters.onnx.decoding import insert_decoders
 from dkm_runtimes.onnxruntime import OnnxRuntime
@@ -68,7 +67,7 @@ MIXED = (
 
 
 def lower(model: PalettizedModel, folder: Path) -> Path:
-    return OnnxExporter().lower(model, model.build(), folder, NoOptions())
+    return OnnxExporter().lower(model, model.build(), folder, OnnxOptions())
 
 
 def read(artifact: Path) -> dict[str, Palette]:
@@ -221,10 +220,9 @@ def test_same_bytes_again_and_in_another_process(
     script = """
 from pathlib import Path
 from dkm_export.checkpoint import load_checkpoint
-from dkm_export.exporting import NoOptions
-from dkm_exporters.onnx import OnnxExporter
+from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 model = load_checkpoint(Path("model.dkm.safetensors"))
-OnnxExporter().lower(model, model.build(), Path("elsewhere"), NoOptions())
+OnnxExporter().lower(model, model.build(), Path("elsewhere"), OnnxOptions())
 """
     (tmp_path / "elsewhere").mkdir()
     subprocess.run(
@@ -289,7 +287,7 @@ def post_training(
 def test_names_that_collide(tmp_path: Path) -> None:
     outputs = ("linear", "conv", "layer", "val_0", "relu_1")
     model, module = post_training(Twisted(), InputSpec(name="relu", shape=(1, 3, 32)), *outputs)
-    artifact = OnnxExporter().lower(model, module, tmp_path, NoOptions())
+    artifact = OnnxExporter().lower(model, module, tmp_path, OnnxOptions())
     graph = onnx.load(artifact).graph
     assert [value.name for value in graph.input] == ["relu"]
     assert [value.name for value in graph.output] == list(outputs)
@@ -318,7 +316,7 @@ def test_what_cannot_be_exported_is_named(
 ) -> None:
     model, module = post_training(network(), InputSpec(name="x", shape=(1, 3, 32)), *outputs)
     with pytest.raises(error) as caught:
-        OnnxExporter().lower(model, module, tmp_path, NoOptions())
+        OnnxExporter().lower(model, module, tmp_path, OnnxOptions())
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

@@ -12,10 +12,9 @@ import onnxruntime
 import pytest
 
 from dkm_export.errors import InvalidInput, Unsupported
-from dkm_export.exporting import NoOptions
 from dkm_export.palettized import PalettizedModel
 from dkm_export.spec import LayerRule
-from dkm_exporters.onnx import OnnxExporter
+from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 from dkm_runtimes.onnxruntime import OnnxRuntime
 from tests.zoo import IMAGE, palettize
 
@@ -29,7 +28,7 @@ def model() -> PalettizedModel:
 @pytest.fixture(scope="module")
 def artifact(model: PalettizedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("onnx")
-    return OnnxExporter().lower(model, model.build(), folder, NoOptions())
+    return OnnxExporter().lower(model, model.build(), folder, OnnxOptions())
 
 
 def edited(artifact: Path, folder: Path, edit: Callable[[onnx.ModelProto], object]) -> Path:

@@ -47,12 +47,17 @@ def failed(check: Check, message: str) -> Finding:
 
 
 class ArtifactReport(Frozen):
-    """Structure of one artifact: file hashes, and every palette against the checkpoint."""
+    """Structure of one artifact: file hashes, and every palette against the checkpoint.
+
+    Attributes:
+        notes: what an app's developers should know of it; nothing that passes or fails.
+    """
 
     target: str
     path: str
     bytes: int
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
 
 
 class RuntimeReport(Frozen):

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dkm_export.checking.report import ArtifactReport, Finding, Status, failed, passed
+from dkm_export.checking.report import ArtifactReport, Finding, Status, failed, passed, worst
 from dkm_export.errors import DkmError
 from dkm_export.exporting.export import palette_problems
 from dkm_export.exporting.exporter import Exporter
-from dkm_export.files import files_below, sha256
+from dkm_export.files import sha256
 from dkm_export.manifest import Artifact, Contents, FileEntry, Manifest
 from dkm_export.palettized import PalettizedModel
 
@@ -40,15 +40,14 @@ def check_artifact(
 ) -> ArtifactReport:
     """The files are those of the manifest, and every palette in them is the checkpoint's."""
     path = root / artifact.path
-    files = files_below(path) if path.exists() else []
+    files = exporter.files(path) if path.exists() else []
+    findings = (*_check_files(root, artifact, files), *_check_palettes(path, exporter, model))
     return ArtifactReport(
         target=artifact.target,
         path=artifact.path,
         bytes=sum(file.stat().st_size for file in files),
-        findings=(
-            *_check_files(root, artifact, files),
-            *_check_palettes(path, exporter, model),
-        ),
+        findings=findings,
+        notes=tuple(exporter.notes(path)) if worst(findings) is Status.PASS else (),
     )
 
 

@@ -96,6 +96,9 @@ def _print(report: Report, terminal: Terminal) -> None:
     for owner, findings in report.model_copy(update={"runtimes": runtimes}).suites:
         for finding in findings:
             terminal.print(f"{finding.status:<8} {owner:<17} {finding.check:<17} {finding.message}")
+    for artifact in report.artifacts:
+        for note in artifact.notes:
+            terminal.print(f"note     {artifact.target:<17} {note}")
     terminal.print()
     metric = report.metric_name or "metric"
     pytorch = [_figure(report.metrics.get(name)) for name in ("fp32", "hard")]

@@ -148,7 +148,8 @@ def _lower(
             problems = [f"the artifact cannot be read back: {error}"]
     if problems:
         raise GateFailed(f"{exporter.target}: {problems[0]}")
-    return Artifact.of(exporter.target, path, root, options.model_dump(mode="json"))
+    files = exporter.files(path)
+    return Artifact.of(exporter.target, path, files, root, options.model_dump(mode="json"))
 
 
 def palette_problems(model: PalettizedModel, found: Mapping[str, Palette]) -> list[str]:

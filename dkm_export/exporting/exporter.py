@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from dkm_export.errors import Unsupported
+from dkm_export.files import files_below
 from dkm_export.palette import MAX_BITS, MAX_DIM
 from dkm_export.plugins import missing_packages
 from dkm_export.spec import Frozen
@@ -118,6 +119,17 @@ class Exporter(ABC, Generic[Options]):
         Raises:
             Unsupported: when the target cannot express the model.
         """
+
+    def files(self, artifact: Path) -> list[Path]:
+        """The files of an artifact that exists: itself or, for a folder, all below it.
+
+        A target that writes files beside its artifact names them too.
+        """
+        return files_below(artifact)
+
+    def notes(self, artifact: Path) -> list[str]:
+        """What an app's developers should know of an artifact, a line each, for the report."""
+        return []
 
     @abstractmethod
     def read_palettes(self, artifact: Path) -> dict[str, Palette]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dkm_export.exporting import Capabilities, Exporter, NoOptions
+from dkm_export.exporting import Capabilities, Exporter
+from dkm_exporters.onnx.options import OnnxOptions as OnnxOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,17 +15,17 @@ if TYPE_CHECKING:
     from dkm_export.palettized import PalettizedModel
 
 
-class OnnxExporter(Exporter[NoOptions]):
+class OnnxExporter(Exporter[OnnxOptions]):
     """One ``.onnx`` file: float16 LUTs and packed indices, decoded to float32 in the graph."""
 
     target = "onnx"
     suffix = ".onnx"
     packages = ("onnx", "onnx_ir", "onnxscript")
     capabilities = Capabilities()
-    options = NoOptions
+    options = OnnxOptions
 
     def lower(
-        self, model: PalettizedModel, module: nn.Module, folder: Path, options: NoOptions
+        self, model: PalettizedModel, module: nn.Module, folder: Path, options: OnnxOptions
     ) -> Path:
         """Write ``<name>.onnx``; batch norms are folded into the palettes' scales first.
 
