@@ -165,7 +165,7 @@ def test_external_data_beside_the_file(runtime: Runtime, artifact: Path, tmp_pat
     (output,) = runtime.load(model).run(IMAGES)
     np.testing.assert_array_equal(output, expected)
     (tmp_path / "model.onnx.data").unlink()
-    with pytest.raises(InvalidInput, match=r"(?i)model\.onnx: .* data"):
+    with pytest.raises(InvalidInput, match=r"(?i)model\.onnx: .*data"):
         runtime.load(model)
 
 

@@ -51,11 +51,10 @@ class NodeSession(Session):
             stdout=subprocess.PIPE,
             stderr=self._log,
         )
-        self.close = weakref.finalize(self, _end, self._process, self._log)
+        weakref.finalize(self, _end, self._process, self._log)
         try:
             self._receive()
         except (NodeError, InvalidInput) as error:
-            self.close()
             raise Unsupported(f"{package} does not load: {error}") from error
 
     def open(self, artifact: Path) -> None:
@@ -65,12 +64,8 @@ class NodeSession(Session):
             NodeError: when the package refuses it.
             InvalidInput: when the process crashes.
         """
-        try:
-            self._send({"open": str(artifact.resolve())})
-            self._receive()
-        except BaseException:
-            self.close()
-            raise
+        self._send({"open": str(artifact.resolve())})
+        self._receive()
 
     def run(self, inputs: Arrays) -> list[npt.NDArray[Any]]:
         """Run once.
