@@ -60,7 +60,17 @@ def read_artifact(path: Path) -> dict[str, Palette]:
     Raises:
         InvalidInput: when the file is missing, truncated, malformed or contradicts itself.
     """
-    metadata, initializers = _parse(path)
+    return decode(path, *_parse(path))
+
+
+def decode(
+    path: Path, metadata: Mapping[str, str], initializers: Mapping[str, onnx.TensorProto]
+) -> dict[str, Palette]:
+    """Decode and validate all palettes of a file that holds these metadata and initializers.
+
+    Raises:
+        InvalidInput: when one of them is missing or contradicts the others.
+    """
     if _KEY not in metadata:
         raise InvalidInput(f"{path}: has no '{_KEY}' metadata, so `dkm export` did not write it")
     try:
@@ -72,7 +82,10 @@ def read_artifact(path: Path) -> dict[str, Palette]:
         try:
             palettes[name] = _palette(name, entry, initializers)
         except KeyError as error:
-            raise InvalidInput(f"{path}: initializer {error} is missing") from error
+            raise InvalidInput(
+                f"{path}: initializer {error} is missing: a simplifier such as onnxsim, or saving "
+                "an optimized model, puts weights back to full size: use the file as exported"
+            ) from error
         except InvalidInput as error:
             raise InvalidInput(f"{path}: {name}: {error}") from error
     return palettes
