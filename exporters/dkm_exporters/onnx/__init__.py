@@ -56,3 +56,9 @@ class OnnxExporter(Exporter[OnnxOptions]):
         from dkm_exporters.onnx.artifact import read_artifact
 
         return read_artifact(artifact)
+
+    def notes(self, artifact: Path) -> list[str]:
+        """How much of the model the phones' execution providers could take, and what to avoid."""
+        from dkm_exporters.onnx.mobile import KEEP, usability
+
+        return [usability(artifact), KEEP]
