@@ -231,7 +231,7 @@ def test_a_saved_optimized_model_is_refused_with_the_reason(
         exporter.read_palettes(tmp_path / name)
     message = str(caught.value)
     assert "initializer 'stem.0.weight.lut' is missing: a simplifier such as onnxsim" in message
-    assert message.endswith("use the file as exported")
+    assert message.endswith("puts weights back to full size: use the file as exported")
     assert "\n" not in message
 
 
