@@ -14,19 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from dkm_export.checking.check import check
+from dkm_export.checking.runtime import NumericClass, Runtime
 from dkm_export.checkpoint import load_checkpoint, save_checkpoint
 from dkm_export.cli.main import main
 from dkm_export.compress import finalize, prepare
 from dkm_export.errors import DkmWarning, ExitCode, InvalidInput, Unsupported
 from dkm_export.exporting.export import export
 from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
+from dkm_export.plugins import RUNTIMES, discover
 from dkm_export.spec import CompressionSpec, LayerRule
 from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 from dkm_runtimes.onnxruntime import OnnxRuntime, PackedOnnxRuntime
 from tests.networks import FAMILIES
 from tests.zoo import IMAGE, TOKENS, lively, palettize
 
-RUNTIMES = ["onnxruntime", "onnxruntime-packed"]
+SESSIONS = ["onnxruntime", "onnxruntime-packed"]
 
 
 def lower(model: PalettizedModel, folder: Path, **options: Any) -> Path:
@@ -71,7 +73,7 @@ def test_every_family_passes_the_check(
     checkpoint_of(name, tmp_path / "model.dkm.safetensors")
     out = tmp_path / "out"
     export(tmp_path / "model.dkm.safetensors", ["onnx"], out, settings={"onnx": settings})
-    report = check(out, runtimes=RUNTIMES)
+    report = check(out, runtimes=SESSIONS)
     assert report.exit_code is ExitCode.OK, report.runtimes
 
 
@@ -141,6 +143,18 @@ def test_float16_side_data(convolutions: PalettizedModel, tmp_path: Path) -> Non
     for runtime in (OnnxRuntime(), PackedOnnxRuntime()):
         (output,) = runtime.load(artifact).run({"image": image[0].numpy()})
         assert 1e-6 < relative_l2(output, convolutions.build()(*image)) < 1e-3
+
+
+@pytest.mark.parametrize("runtime", list(discover(RUNTIMES).values()), ids=lambda r: str(r.name))
+def test_every_runtime_knows_that_side_data_are_rounded(
+    runtime: Runtime, convolutions: PalettizedModel, tmp_path: Path
+) -> None:
+    if runtime.target != "onnx":
+        pytest.skip(f"runs {runtime.target}")
+    if reason := runtime.unavailable():
+        pytest.skip(reason)
+    artifact = lower(convolutions, tmp_path, side_data="fp16")
+    assert runtime.load(artifact).numeric_class is NumericClass.FP16_STORED
 
 
 def test_side_data_beyond_float16_are_refused(
@@ -285,7 +299,7 @@ def test_tensors_beside_the_file(outside: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     files = {entry["path"] for entry in manifest["artifacts"][0]["files"]}
     assert files == {"onnx/unet.onnx", "onnx/unet.onnx.data"}
-    assert check(tmp_path / "out", runtimes=RUNTIMES).exit_code is ExitCode.OK
+    assert check(tmp_path / "out", runtimes=SESSIONS).exit_code is ExitCode.OK
     export(tmp_path / "model.dkm.safetensors", ["onnx"], tmp_path / "again")
     assert (tmp_path / "again/onnx/unet.onnx.data").read_bytes() == beside.read_bytes()
 
@@ -296,7 +310,7 @@ def test_tensors_beside_the_file(outside: Path, tmp_path: Path) -> None:
     beside.unlink()
     with pytest.raises(InvalidInput, match=r"unet\.onnx\.data cannot be read"):
         OnnxExporter().read_palettes(outside)
-    assert check(tmp_path / "out", runtimes=RUNTIMES).exit_code is ExitCode.GATE
+    assert check(tmp_path / "out", runtimes=SESSIONS).exit_code is ExitCode.GATE
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class InstallableRuntime(Runtime):
         version: of what is downloaded, pinned by the subclass.
     """
 
-    packages = ()
+    packages: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[str]
 
     @property

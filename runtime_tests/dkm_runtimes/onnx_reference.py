@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dkm_export.checking.runtime import Arrays, NumericClass, Runtime, Session
+from dkm_export.checking.runtime import Arrays, Runtime, Session
 from dkm_export.errors import InvalidInput, Unsupported
+from dkm_runtimes.precision import numeric_class_of
 
 if TYPE_CHECKING:
     import onnx
@@ -60,9 +61,8 @@ class OnnxReferenceRuntime(Runtime):
 
 
 class _ReferenceSession(Session):
-    numeric_class = NumericClass.FP32
-
     def __init__(self, artifact: Path, evaluator: ReferenceEvaluator) -> None:
+        self.numeric_class = numeric_class_of(artifact)
         self._artifact = artifact
         self._evaluator = evaluator
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy.typing as npt
 
-from dkm_export.checking.runtime import Arrays, NumericClass, Runtime, Session
+from dkm_export.checking.runtime import Arrays, Runtime, Session
 from dkm_export.errors import InvalidInput, Unsupported
+from dkm_runtimes.precision import numeric_class
 
 _FATAL = 4
 """Severity above which ONNX Runtime logs; errors arrive as exceptions anyway."""
@@ -102,23 +101,6 @@ class _OnnxSession(Session):
     def run(self, inputs: Arrays) -> list[npt.NDArray[Any]]:
         outputs: list[npt.NDArray[Any]] = self._session.run(None, dict(inputs))
         return outputs
-
-
-def numeric_class(metadata: Mapping[str, str]) -> NumericClass:
-    """What a model that `dkm export` wrote says of its precision.
-
-    Args:
-        metadata: of the model, in which ``dkm`` is JSON.
-
-    Raises:
-        InvalidInput: when it is none.
-    """
-    try:
-        table = json.loads(metadata.get("dkm", "{}"))
-    except ValueError as error:
-        raise InvalidInput("the 'dkm' metadata of the model is no JSON: export it again") from error
-    stored = isinstance(table, dict) and table.get("side_data") == "fp16"
-    return NumericClass.FP16_STORED if stored else NumericClass.FP32
 
 
 def _reason(error: Exception) -> str:

@@ -33,6 +33,7 @@ class OnnxRuntimeNode(InstallableRuntime):
     """
 
     name = "onnxruntime-node"
+    packages = ("onnx",)  # reads the metadata, which the package keeps to itself
     target = "onnx"
     where = "native CPU under node"
     version = "1.30.0"

@@ -18,8 +18,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from dkm_export.checking.runtime import Arrays, NumericClass, Session
+from dkm_export.checking.runtime import Arrays, Session
 from dkm_export.errors import InvalidInput, Unsupported
+from dkm_runtimes.precision import numeric_class_of
 
 _RUNNER = Path(__file__).with_name("runner.mjs")
 
@@ -38,8 +39,6 @@ class NodeSession(Session):
     Raises:
         Unsupported: when node does not start or does not load the package.
     """
-
-    numeric_class = NumericClass.FP32
 
     def __init__(self, package: str, folder: Path) -> None:
         self._package = package
@@ -66,6 +65,7 @@ class NodeSession(Session):
         """
         self._send({"open": str(artifact.resolve())})
         self._receive()
+        self.numeric_class = numeric_class_of(artifact)
 
     def run(self, inputs: Arrays) -> list[npt.NDArray[Any]]:
         """Run once.
