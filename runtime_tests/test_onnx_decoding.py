@@ -101,16 +101,11 @@ def returning_weights(palettes: Mapping[str, Palette]) -> ir.Model:
 def looking_up(palettes: Mapping[str, Palette], ids: ir.Value) -> ir.Model:
     """A graph that takes row numbers and returns these rows of each weight, still dense."""
     weights = dense(palettes)
-    copies = {f"out_{name}": ir.node("Gather", [weights[name], ids]) for name in palettes}
-    ends = {}
-    for (name, node), palette in zip(copies.items(), palettes.values(), strict=True):
-        node.name, node.outputs[0].name = f"{name}/Gather", f"{name}/rows"
+    nodes = {f"out_{name}": ir.node("Gather", [value, ids]) for name, value in weights.items()}
+    for (name, palette), node in zip(palettes.items(), nodes.values(), strict=True):
         node.outputs[0].shape = ir.Shape([*(ids.shape or ()), palette.layout.shape[1]])
-        ends[name] = ir.node("Identity", [node.outputs[0]], name=name)
-        ends[name].outputs[0].shape = node.outputs[0].shape
-    model = model_of(ends, weights, [ids])
-    model.graph.insert_before(model.graph[0], list(copies.values()))
-    return model
+        node.name = f"{name}/Gather"
+    return model_of(nodes, weights, [ids])
 
 
 def ways(artifact: Path, inputs: Mapping[str, Any]) -> Iterator[list[npt.NDArray[Any]]]:

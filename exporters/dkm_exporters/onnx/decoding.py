@@ -57,8 +57,9 @@ def insert_decoders(
         stored = _store(constants, name, palette, by_row)
         for node in lookups:
             rows = _Decoder(place(constants, node.name or name), palette, stored).rows(node)
+            rows.name = node.outputs[0].name
             rows.dtype, rows.shape = ir.DataType.FLOAT, node.outputs[0].shape
-            node.outputs[0].replace_all_uses_with(rows)
+            node.outputs[0].replace_all_uses_with(rows, replace_graph_outputs=True)
             graph.remove(node, safe=True)
         rest = [value for value in dense if value.uses()]
         if rest:
@@ -86,7 +87,6 @@ def _row_lookups(value: ir.Value, palette: Palette) -> list[ir.Node]:
         if node.op_type == "Gather"
         and position == 0
         and node.attributes.get_int("axis", 0) == 0
-        and not node.outputs[0].is_graph_output()
         and (ids := node.inputs[1]) is not None
         and ids.shape is not None
     ]
@@ -127,18 +127,33 @@ class _Decoder:
         self._per_row = palette.layout.index_shape[1] if _is_by_row(stored) else 0
 
     def weight(self) -> ir.Value:
-        """The whole weight, float32."""
+        """The whole weight, float32.
+
+        As few nodes as can be have its size: folding at load takes time and memory for each.
+        """
+        layout = self._layout
         stream = self._cast(self._indices, ir.DataType.INT32)
         if _by_byte(self._palette):
-            vectors = self._look_up_bytes(stream)
+            lut, numbers, each = *self._by_bytes(stream), 8 // self._palette.bits
         else:
-            rows = (self._layout.index_shape[0],) if self._per_row else ()
-            codes = self._codes(stream, rows)
-            if self._layout.groups > 1:
-                codes = self._reshape(codes, (self._layout.groups, 1, -1))
-                codes = self._offset(codes, 1 << self._palette.bits)
-            vectors = self._node("Gather", self._lut, codes, axis=0)
-        weight = self._arrange(vectors)
+            lut, numbers, each = self._lut, self._by_codes(stream), 1
+        before, after = layout.shape[: layout.axis], layout.shape[layout.axis + 1 :]
+        blocks = (math.prod(before), layout.index_shape[layout.axis], math.prod(after))
+        turned = layout.dim > 1 and blocks[2] > 1
+        if turned and blocks[2] % each == 0:
+            numbers = self._reshape(numbers, (*blocks[:2], blocks[2] // each))
+            vectors = self._node("Gather", lut, numbers, axis=0)
+            perm = [0, 1, 3, 2] if each == 1 else [0, 1, 4, 2, 3]
+            vectors = self._node("Transpose", vectors, perm=perm)
+        else:
+            vectors = self._node("Gather", lut, numbers, axis=0)
+            if layout.vectors % each:
+                vectors = self._reshape(vectors, (-1, layout.dim))
+                vectors = self._slice(vectors, 0, layout.vectors)
+            if turned:
+                vectors = self._reshape(vectors, (*blocks, layout.dim))
+                vectors = self._node("Transpose", vectors, perm=[0, 1, 3, 2])
+        weight = self._crop(vectors)
         if self._palette.scale is not None:
             weight = self._node("Mul", weight, self._place.take(self._stored["scale"], "scale"))
         by_row = "_rows" if self._per_row else ""
@@ -212,26 +227,33 @@ class _Decoder:
         last_axis = self._place.constant(np.array([-1], np.int64))
         return self._node("Add", codes, self._node("Unsqueeze", narrow, last_axis))
 
-    def _look_up_bytes(self, stream: ir.Value) -> ir.Value:
-        """The vectors, from a LUT that is first expanded to the ``8 / bits`` vectors per byte.
+    def _by_bytes(self, stream: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """A LUT of the ``8 / bits`` vectors that each byte stands for, and rows of it.
 
-        That is one lookup per byte instead of two per index, where a runtime does not fold it.
+        That is one lookup per byte instead of two per index.
+
+        Returns:
+            float32 ``[groups * 256, 8 / bits, dim]``, and int32 of any shape.
         """
         layout, bits = self._layout, self._palette.bits
         (field,) = fields(bits)
-        per_byte = 8 // bits
         rows = self._place.table(field)
         if layout.groups > 1:
             rows = self._offset(rows, 1 << bits)
             stream = self._offset(self._reshape(stream, (layout.groups, 1, -1)), 256)
         byte_lut = self._node("Gather", self._lut, rows, axis=0)
         if layout.groups > 1:
-            byte_lut = self._reshape(byte_lut, (layout.groups * 256, per_byte, layout.dim))
-        vectors = self._node("Gather", byte_lut, stream, axis=0)
-        if layout.vectors % per_byte:
-            vectors = self._reshape(vectors, (-1, layout.dim))
-            vectors = self._slice(vectors, 0, layout.vectors)
-        return vectors
+            byte_lut = self._reshape(byte_lut, (layout.groups * 256, 8 // bits, layout.dim))
+        return byte_lut, stream
+
+    def _by_codes(self, stream: ir.Value) -> ir.Value:
+        """Rows of the LUT, one for each vector: int32 of any shape."""
+        rows = (self._layout.index_shape[0],) if self._per_row else ()
+        codes = self._codes(stream, rows)
+        if self._layout.groups > 1:
+            codes = self._reshape(codes, (self._layout.groups, 1, -1))
+            codes = self._offset(codes, 1 << self._palette.bits)
+        return codes
 
     def _codes(self, stream: ir.Value, start: tuple[int, ...]) -> ir.Value:
         """The indices, put together from their fields.
@@ -262,16 +284,16 @@ class _Decoder:
             codes = self._slice(codes, skip, skip + count)
         return codes
 
-    def _arrange(self, vectors: ir.Value) -> ir.Value:
-        """`Layout.from_vectors` in ONNX operators."""
+    def _crop(self, vectors: ir.Value) -> ir.Value:
+        """Vectors in the order of the weight, in its shape and without the padding."""
         layout = self._layout
-        before, after = layout.shape[: layout.axis], layout.shape[layout.axis + 1 :]
-        if layout.dim > 1 and math.prod(after) > 1:
-            blocks = (math.prod(before), layout.index_shape[layout.axis], math.prod(after))
-            vectors = self._reshape(vectors, (*blocks, layout.dim))
-            vectors = self._node("Transpose", vectors, perm=[0, 1, 3, 2])
         size = layout.shape[layout.axis]
-        weight = self._reshape(vectors, (*before, size + layout.padding, *after))
+        padded = (
+            *layout.shape[: layout.axis],
+            size + layout.padding,
+            *layout.shape[layout.axis + 1 :],
+        )
+        weight = self._reshape(vectors, padded)
         return self._slice(weight, 0, size, layout.axis) if layout.padding else weight
 
     def _offset(self, numbers: ir.Value, step: int) -> ir.Value:
