@@ -30,7 +30,11 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def run_in_turn(
-    script: str, jobs: Mapping[str, BaseModel], result: type[Result], rounds: int
+    script: str,
+    jobs: Mapping[str, BaseModel],
+    result: type[Result],
+    rounds: int,
+    python: str = sys.executable,
 ) -> tuple[dict[str, list[Result]], dict[str, str]]:
     """Each job in a fresh process, all of them once per round, so that noise hits all alike.
 
@@ -39,6 +43,7 @@ def run_in_turn(
         jobs: by name.
         result: what the script prints for a job.
         rounds: times to run each job.
+        python: what runs the script.
 
     Returns:
         One result per round, by name of the job; and why other jobs failed.
@@ -50,7 +55,7 @@ def run_in_turn(
             if name in failures:
                 continue
             print(f"  round {number}: {name}", end="", flush=True, file=sys.stderr)
-            command = [sys.executable, script, "--job", job.model_dump_json()]
+            command = [python, script, "--job", job.model_dump_json()]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 said = done.stderr.strip() or f"stopped by signal {-done.returncode}"
@@ -138,14 +143,14 @@ def _digits(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def machine(device: torch.device) -> str:
-    """Hardware, versions and date, in one sentence."""
+def machine(device: torch.device, packages: Sequence[str] = ("coremltools",)) -> str:
+    """Hardware, versions of torch and these packages, and date, in one sentence."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"{_processor()}, {os.cpu_count()} cores"
     versions = [f"Python {platform.python_version()}"]
-    for package in ("torch", "coremltools"):
+    for package in ("torch", *packages):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
