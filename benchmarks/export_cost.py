@@ -51,15 +51,16 @@ from dkm_export.spec import LayerKind
 REPORT = Path(__file__).with_suffix(".md")
 INTRODUCTION = """# Time and memory of an export
 
-`python benchmarks/export_cost.py` wrote this page. `ours` is what `dkm export` does for a checkpoint
-of ResNet-50 that is loaded and decoded, convolutions at 4 bits for 4 weights and the linear layer at
-4 bits for 2. It is measured beside the plain conversion of the same decoded weights, which makes no
-palettes. Reading the artifact back, which `dkm export` does afterwards, is not in it.
+`python benchmarks/export_cost.py` wrote this page. `ours` is what `dkm export` does for a
+checkpoint of ResNet-50 that is loaded and decoded, convolutions at 4 bits for 4 weights and the
+linear layer at 4 bits for 2. Beside it is the plain conversion of the same decoded weights, which
+makes no palettes. Reading the artifact back, which `dkm export` does afterwards, is not in it.
 
-- coreml: ours traces, converts, and writes a package with palettes. `coremltools` is `torch.export`,
-  `run_decompositions`, `ct.convert` and `save`, which makes an fp16 package. Both are for iOS 18.
-- onnx: ours finds and folds batch norm, traces, replaces weights by their decoders, infers shapes,
-  removes traces, has `onnx.checker` look at the file, and writes it. `torch.onnx.export` has
+- coreml: ours traces, converts, and writes a package with palettes. `coremltools` is
+  `torch.export`, `run_decompositions`, `ct.convert` and `save`, which makes an fp16 package. Both
+  are for iOS 18.
+- onnx: ours folds batch norm, traces, replaces weights by their decoders, infers shapes, removes
+  notes for debugging, has `onnx.checker` look at the model, and writes it. `torch.onnx.export` has
   `dynamo=True` and its defaults, so it also runs its optimizer, and it writes fp32 weights.
 
 Every number comes from a fresh process; the two take turns. Imports are not timed; memory is the
