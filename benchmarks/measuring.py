@@ -20,8 +20,12 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel
+from torch import Tensor, nn
+
+from dkm_export import ModelSource
 
 Result = TypeVar("Result", bound=BaseModel)
 
@@ -35,6 +39,7 @@ def run_in_turn(
     result: type[Result],
     rounds: int,
     python: str = sys.executable,
+    echo: bool = True,
 ) -> tuple[dict[str, list[Result]], dict[str, str]]:
     """Each job in a fresh process, all of them once per round, so that noise hits all alike.
 
@@ -44,6 +49,7 @@ def run_in_turn(
         result: what the script prints for a job.
         rounds: times to run each job.
         python: what runs the script.
+        echo: show what each job printed.
 
     Returns:
         One result per round, by name of the job; and why other jobs failed.
@@ -64,8 +70,33 @@ def run_in_turn(
                 continue
             line = done.stdout.splitlines()[-1]
             results.setdefault(name, []).append(result.model_validate_json(line))
-            print(f": {line}", file=sys.stderr)
+            print(f": {line if echo else 'done'}", file=sys.stderr)
     return {name: runs for name, runs in results.items() if name not in failures}, failures
+
+
+def save_samples(
+    module: nn.Module, source: ModelSource, inputs: Sequence[tuple[Tensor, ...]], file: Path
+) -> None:
+    """Write samples for `onnx_sessions`: ``in/<name>`` and ``out/<name>``, ``[samples, *shape]``.
+
+    Args:
+        module: computes the outputs.
+        source: names inputs and outputs.
+        inputs: of each sample.
+        file: with the suffix ``.npz``.
+    """
+    with torch.no_grad():
+        outputs = [module(*sample) for sample in inputs]
+    rows = [output if isinstance(output, tuple) else (output,) for output in outputs]
+    arrays = {
+        f"{side}/{name}": torch.stack(column).numpy()
+        for side, names, columns in (
+            ("in", [spec.name for spec in source.inputs], zip(*inputs, strict=True)),
+            ("out", source.outputs, zip(*rows, strict=True)),
+        )
+        for name, column in zip(names, columns, strict=True)
+    }
+    np.savez(file, allow_pickle=False, **arrays)
 
 
 class PeakMemory:
