@@ -70,9 +70,10 @@ text. The other networks have **random weights and inputs: their errors say litt
 
 Every number comes from a fresh process without torch; the methods take turns. Load is the creation
 of the session. Latency is the median over {SECONDS:.0f} seconds of runs. Memory is resident memory
-over what the process has when it has imported onnxruntime and run a trivial model: after load, after
-load and a run, the private part of that (without mapped files), and the peak up to then. Numbers are
-medians over the rounds, ratios too, with their range.
+over what the process has when it has imported onnxruntime and run a trivial model: after load,
+after load and a run, the private part of that (without mapped files), what is in use then (after
+`malloc_trim(0)`: the C library keeps much of what was freed at load), and the peak up to then.
+Numbers are medians over the rounds, ratios too, with their range.
 """
 
 FP32, FOLDED, PACKED = "fp32", "ours, folded", "ours, packed"
@@ -104,6 +105,7 @@ class Cost(BaseModel):
     loaded: float
     ran: float
     private: float
+    trimmed: float
     peak: float
     error: float
 
@@ -306,6 +308,7 @@ def _cells(ours: Sequence[Cost], theirs: Sequence[Cost], count: int) -> tuple[st
         size(middle("loaded")),
         with_ratio("ran", size),
         size(middle("private")),
+        size(middle("trimmed")),
         size(middle("peak")),
     )
 
@@ -327,7 +330,7 @@ def main() -> int:
     rounds, seconds = (1, 0.1) if options.quick else (ROUNDS, SECONDS)
     header = (
         *("network", "bits/dim", "method", "file", "error", "load", "latency"),
-        *("RSS after load", "after a run", "of that private", "peak"),
+        *("RSS after load", "after a run", "of that private", "in use", "peak"),
     )
     problems = []
     for name in options.network or NETWORKS:

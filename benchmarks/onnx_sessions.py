@@ -6,6 +6,7 @@ no measured process. ``--job JSON`` says what to do; the answer is JSON on stdou
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import sys
@@ -93,6 +94,8 @@ def measure(job: Mapping[str, Any]) -> dict[str, float]:
     feed = {name: values[0] for name, values in _samples(job["samples"], "in").items()}
     session.run(None, feed)
     ran = _memory()
+    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps much of what was freed
+    trimmed = _memory()
 
     seconds: list[float] = []
     while len(seconds) < _FEWEST_RUNS or sum(seconds) < job["seconds"]:
@@ -105,6 +108,7 @@ def measure(job: Mapping[str, Any]) -> dict[str, float]:
         "loaded": loaded["VmRSS"] - before["VmRSS"],
         "ran": ran["VmRSS"] - before["VmRSS"],
         "private": ran["RssAnon"] - before["RssAnon"],
+        "trimmed": trimmed["VmRSS"] - before["VmRSS"],
         "peak": ran["VmHWM"] - before["VmRSS"],
         "error": max(errors_of(partial(session.run, None), job["samples"]).values()),
     }
