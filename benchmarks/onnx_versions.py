@@ -217,7 +217,6 @@ class Job(BaseModel):
 class Found(BaseModel):
     """What it found, by file: errors by output, why it failed, growth of the model at load."""
 
-    version: str
     errors: dict[str, dict[str, float]]
     failures: dict[str, str]
     growth: dict[str, float]
@@ -287,7 +286,7 @@ def elsewhere(name: str, files: Mapping[str, str]) -> Row:
             errors[file] = errors_of(runtime.load(Path(file)).run, samples)
         except DkmError as error:
             failures[file] = str(error)
-    found = Found(version="", errors=errors, failures=failures, growth={})
+    found = Found(errors=errors, failures=failures, growth={})
     return _row(f"{name}, default", files, found)
 
 
