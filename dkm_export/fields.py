@@ -40,17 +40,25 @@ def fields(bits: int) -> list[Field]:
 
 
 def pack_fields(indices: Bytes, bits: int) -> Bytes:
-    """Pack indices field by field into exactly ``ceil(n * bits / 8)`` bytes."""
-    codes = np.unpackbits(indices.reshape(-1, 1), axis=1, count=bits, bitorder="little")
-    planes = [codes[:, shift : shift + width].reshape(-1) for width, shift in fields(bits)]
-    return np.packbits(np.concatenate(planes), bitorder="little")
+    """Pack the last axis field by field into exactly ``ceil(n * bits / 8)`` bytes.
+
+    Args:
+        indices: ``[..., n]``.
+        bits: of an index.
+    """
+    codes = np.unpackbits(indices[..., None], axis=-1, count=bits, bitorder="little")
+    start = (*indices.shape[:-1], -1)
+    planes = [codes[..., shift : shift + width].reshape(start) for width, shift in fields(bits)]
+    return np.packbits(np.concatenate(planes, axis=-1), axis=-1, bitorder="little")
 
 
 def unpack_fields(packed: Bytes, bits: int, count: int) -> Bytes:
-    """Inverse of `pack_fields`, from exactly as many bytes: ``count`` indices in a flat array."""
-    stream = np.unpackbits(packed, count=count * bits, bitorder="little")
+    """Inverse of `pack_fields`, from exactly as many bytes: ``[..., count]`` indices."""
+    stream = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
+    shape = (*packed.shape[:-1], count)
     planes = [
-        stream[count * shift : count * (shift + width)].reshape(count, width)
+        stream[..., count * shift : count * (shift + width)].reshape(*shape, width)
         for width, shift in fields(bits)
     ]
-    return np.packbits(np.concatenate(planes, axis=1), axis=1, bitorder="little").reshape(count)
+    codes = np.concatenate(planes, axis=-1)
+    return np.packbits(codes, axis=-1, bitorder="little").reshape(shape)

@@ -19,72 +19,18 @@ from dkm_export.checkpoint import save_checkpoint
 from dkm_export.compress import finalize, prepare
 from dkm_export.errors import ExitCode, InvalidInput, Unsupported
 from dkm_export.exporting.export import export
-from dkm_export.palettized import BatchNorm, InputSpec, ModelSource, PalettizedModel, load_state
+from dkm_export.palettized import BatchNorm, ModelSource, PalettizedModel
 from dkm_export.spec import CompressionSpec, LayerRule
 from dkm_exporters.coreml import CoreMLExporter, CoreMLOptions
 from dkm_exporters.coreml.package import Package
 from dkm_runtimes.coreml_reference import CoreMLReferenceRuntime
+from tests.kinds import KINDS, palettize_kinds
 from tests.networks import FAMILIES
-from tests.zoo import IMAGE, TOKENS, lively, palettize
+from tests.zoo import IMAGE, TOKENS, palettize
 
 pytest.importorskip("coremltools")
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
-
-
-class Kinds(nn.Module):
-    """One layer of every kind side by side, for one conversion of all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(24, 24)
-        self.linear = nn.Linear(24, 24)
-        self.line = nn.Conv1d(24, 24, 3)
-        self.image = nn.Conv2d(24, 24, 3)
-        self.grouped = nn.Conv2d(24, 24, 3, groups=2)
-        self.depthwise = nn.Conv2d(24, 48, 3, groups=24)
-        self.volume = nn.Conv3d(24, 24, 2)
-        self.up_line = nn.ConvTranspose1d(24, 24, 2)
-        self.up_image = nn.ConvTranspose2d(24, 24, 2)
-        self.up_grouped = nn.ConvTranspose2d(24, 24, 2, groups=2)
-        self.up_volume = nn.ConvTranspose3d(24, 24, 2)
-        self.tied = nn.Linear(24, 24, bias=False)
-        self.tied.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        x = self.linear(self.embedding(tokens)).transpose(1, 2)
-        image = x.unsqueeze(-1) * x.unsqueeze(-2)
-        volume = image.unsqueeze(-1) * x[:, :, None, None, :3]
-        images = (self.image, self.grouped, self.depthwise, self.up_image, self.up_grouped)
-        return (
-            self.line(x),
-            self.up_line(x),
-            *(layer(image) for layer in images),
-            self.volume(volume),
-            self.up_volume(volume),
-            self.tied(x.transpose(1, 2)),
-        )
-
-
-KINDS = ModelSource(
-    name="kinds",
-    factory="none:none",
-    inputs=(InputSpec(name="tokens", shape=(1, 5), dtype="int32", high=24),),
-    outputs=tuple(f"output{index}" for index in range(10)),
-)
-
-
-def palettize_kinds(rule: LayerRule) -> tuple[PalettizedModel, nn.Module]:
-    """The palettes of one rule, and the model that computes with them."""
-    rules = [rule]
-    if rule.axis == 1 and rule.dim > 1:
-        rules.append(LayerRule(pattern="depthwise*", skip=True))  # its axis 1 has one element
-    module = lively(Kinds())
-    prepare(module, CompressionSpec(rules=tuple(rules), small_layer_size=0))
-    model = finalize(module, KINDS)
-    reference = lively(Kinds())
-    load_state(reference, model.state_dict(), "reference")
-    return model, reference.requires_grad_(False)
 
 
 def matrix() -> Iterator[tuple[str, str, LayerRule]]:

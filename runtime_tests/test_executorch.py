@@ -187,7 +187,7 @@ def test_decode_is_exact(bits: int, layout: Layout) -> None:
     lut = generator.normal(size=(layout.groups, 1 << bits, layout.dim)).astype(np.float16)
     indices = generator.integers(1 << bits, size=layout.index_shape, dtype=np.uint8)
     palette = Palette(bits, layout, lut, indices)
-    packed = pack_fields(palette.indices, bits)
+    packed = pack_fields(palette.indices.reshape(-1), bits)
     assert packed.size == packed_size(layout.vectors, bits)
     weight = Decode(palette)(torch.from_numpy(packed))
     np.testing.assert_array_equal(weight.numpy(), palette.dense())
@@ -203,7 +203,7 @@ def test_program_holds_and_computes_the_palettes(
     assert artifact.name == f"{factory}.pte"
     data = artifact.read_bytes()
     for palette in model.palettes.values():
-        assert pack_fields(palette.indices, palette.bits).tobytes() in data
+        assert pack_fields(palette.indices.reshape(-1), palette.bits).tobytes() in data
         assert palette.lut.tobytes() in data
     assert not differing(model, artifact)
     assert worst_error(model, artifact) <= 1e-5

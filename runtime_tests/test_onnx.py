@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -21,36 +20,14 @@ from torch import Tensor, nn
 from dkm_export.checkpoint import save_checkpoint
 from dkm_export.compress import finalize, prepare
 from dkm_export.errors import InvalidInput, Unsupported
-from dkm_export.palette import MAX_DIM, Layout, Palette
+from dkm_export.palette import Palette
 from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
 from dkm_export.spec import CompressionSpec, LayerRule
 from dkm_exporters.onnx import OnnxExporter, OnnxOptions
-from dkm_exporters.onnx.artifact import write_artifact
-from dkm_exporters.onnx.decoding import insert_decoders
 from dkm_runtimes.onnxruntime import OnnxRuntime
 from tests.zoo import IMAGE, TOKENS, lively, palettize
 
 REPOSITORY = Path(__file__).parents[1]
-
-LAYOUTS = {
-    "scalars": Layout((24, 16, 3, 3)),
-    "bytes": Layout((64, 128)),
-    "vectors": Layout((24, 16, 3, 3), dim=4),
-    "input_axis": Layout((24, 16, 3, 3), dim=8, axis=1),
-    "last_axis": Layout((64, 128), dim=8, axis=1),
-    "padded": Layout((25, 16, 3), dim=4),
-    "padded_inside": Layout((12, 5, 3, 3), dim=2, axis=1),
-    "padded_last": Layout((7, 5), dim=3, axis=1),
-    "uneven": Layout((7, 3, 3)),
-    "uneven_large": Layout((67, 71)),
-    "groups": Layout((24, 16, 3, 3), groups=8),
-    "byte_groups": Layout((64, 512), groups=4),
-    "uneven_groups": Layout((12, 3, 3), groups=4),
-    "group_vectors": Layout((64, 512), dim=4, groups=2),
-    "group_columns": Layout((24, 10), dim=4, axis=1, groups=3),
-    "widest": Layout((MAX_DIM, 300), dim=MAX_DIM),
-    "one": Layout((1,)),
-}
 
 CONVOLUTIONS = ("stem.0", "depthwise", "up", "line", "head")
 
@@ -85,58 +62,6 @@ def run_unoptimized(artifact: bytes, inputs: Mapping[str, Any]) -> list[npt.NDAr
     session = onnxruntime.InferenceSession(artifact, options, providers=["CPUExecutionProvider"])
     outputs: list[npt.NDArray[Any]] = session.run(None, dict(inputs))
     return outputs
-
-
-def random_palette(bits: int, layout: Layout, seed: int, scaled: bool = False) -> Palette:
-    rng = np.random.default_rng(seed)
-    lut = rng.normal(size=(layout.groups, 1 << bits, layout.dim)).astype(np.float16)
-    lut.reshape(-1)[:4] = np.array([-0.0, 6e-8, 65504, -65504], np.float16)[: lut.size]
-    indices = rng.integers(0, 1 << bits, layout.index_shape, dtype=np.uint8)
-    scale = None
-    if scaled:
-        shape = (layout.shape[0], *[1] * (len(layout.shape) - 1))
-        scale = rng.normal(size=shape).astype(np.float32)
-    return Palette(bits, layout, lut, indices, scale)
-
-
-def returning_weights(palettes: Mapping[str, Palette]) -> ir.Model:
-    """A graph without inputs that returns the weights, still dense."""
-    weights = [
-        ir.val(name, const_value=ir.tensor(np.zeros(palette.layout.shape, np.float32), name=name))
-        for name, palette in palettes.items()
-    ]
-    nodes = [ir.node("Identity", [weight], name=f"out_{weight.name}") for weight in weights]
-    for node, weight in zip(nodes, weights, strict=True):
-        output = node.outputs[0]
-        output.name, output.type, output.shape = f"out_{weight.name}", weight.type, weight.shape
-    outputs = [node.outputs[0] for node in nodes]
-    graph = ir.Graph(
-        [], outputs, nodes=nodes, initializers=weights, opset_imports={"": 18}, name="weights"
-    )
-    return ir.Model(graph, ir_version=8)
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_decodes_every_layout_bit_for_bit(bits: int, tmp_path: Path) -> None:
-    palettes = {
-        name: random_palette(bits, layout, seed, scaled=seed % 3 == 0)
-        for seed, (name, layout) in enumerate(LAYOUTS.items())
-    }
-    model = returning_weights(palettes)
-    insert_decoders(model, palettes)
-    artifact = tmp_path / "weights.onnx"
-    write_artifact(model, palettes, artifact)
-
-    found = read(artifact)
-    assert list(found) == list(palettes)
-    for outputs in (
-        OnnxRuntime().load(artifact).run({}),
-        run_unoptimized(artifact.read_bytes(), {}),
-    ):
-        for output, (name, palette) in zip(outputs, palettes.items(), strict=True):
-            assert palette.difference(found[name]) is None, name
-            np.testing.assert_array_equal(found[name].dense(), palette.dense())
-            assert output.tobytes() == palette.dense().tobytes(), name
 
 
 @pytest.mark.parametrize(
@@ -320,14 +245,6 @@ def test_what_cannot_be_exported_is_named(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_beyond_protobufs_limit_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dkm_exporters.onnx.artifact._LARGEST_FILE", 100)
-    with pytest.raises(Unsupported, match="2 GB"):
-        write_artifact(returning_weights({"w": random_palette(1, Layout((64,)), 0)}), {}, tmp_path)
 
 
 def test_importing_the_plugins_imports_no_backend() -> None:

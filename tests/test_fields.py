@@ -36,3 +36,12 @@ def test_tables_take_the_packed_bytes_apart(bits: int) -> None:
         plane = packed[24 * field.shift // 8 : 24 * (field.shift + field.width) // 8]
         found += field.table()[plane].reshape(-1)
     np.testing.assert_array_equal(found, indices)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rows_are_packed_one_by_one(bits: int) -> None:
+    indices = np.random.default_rng(0).integers(0, 1 << bits, (3, 2, 8), dtype=np.uint8)
+    packed = pack_fields(indices, bits)
+    assert packed.shape == (3, 2, bits)
+    np.testing.assert_array_equal(packed[2, 1], pack_fields(indices[2, 1], bits))
+    np.testing.assert_array_equal(unpack_fields(packed, bits, 8), indices)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+import numpy as np
 
 from dkm_export.errors import Unsupported
 from dkm_export.files import files_below
@@ -58,6 +61,28 @@ class Capabilities:
                 f"{_allowed(divisors, layout.dim)}"
             )
         return None
+
+
+@dataclass(frozen=True)
+class DenseTensor:
+    """What an artifact stores without a palette.
+
+    Attributes:
+        name: in the artifact; a parameter's own name where it is one.
+        shape: its sizes.
+        dtype: its type, in numpy's words.
+        reason: why it has no palette.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its values take."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class NoOptions(Frozen):
@@ -138,6 +163,14 @@ class Exporter(ABC, Generic[Options]):
         Raises:
             InvalidInput: when the file is malformed.
         """
+
+    def read_dense(self, artifact: Path) -> list[DenseTensor] | None:
+        """What such a file stores without a palette, or None where the target cannot tell.
+
+        Raises:
+            InvalidInput: when the file is malformed.
+        """
+        return None
 
 
 def _allowed(values: Sequence[int], wanted: int) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy.typing as npt
 
@@ -16,6 +19,11 @@ _FATAL = 4
 
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?")
 
+_LARGEST_FOLDED = "optimization.constant_folding_max_output_size_in_bytes"
+"""Entry of the session's configuration: bytes of the largest tensor that is computed at load."""
+
+_LIMITED_FROM = (1, 27)
+
 
 class OnnxRuntime(Runtime):
     """Runs ``.onnx`` files with ONNX Runtime's default settings, as an app would."""
@@ -24,6 +32,7 @@ class OnnxRuntime(Runtime):
     target = "onnx"
     where = "native CPU"
     packages = ("onnxruntime",)
+    config: ClassVar[dict[str, str]] = {}
 
     def load(self, artifact: Path) -> Session:
         """Open a session, which by default decodes all palettes once.
@@ -41,6 +50,8 @@ class OnnxRuntime(Runtime):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL
+        for key, value in self.config.items():
+            options.add_session_config_entry(key, value)
         try:
             session = onnxruntime.InferenceSession(
                 artifact, options, providers=["CPUExecutionProvider"]
@@ -48,22 +59,54 @@ class OnnxRuntime(Runtime):
         except (InvalidArgument, InvalidProtobuf, NoSuchFile) as error:
             raise InvalidInput(f"{artifact}: {_reason(error)}: export it again") from error
         except Exception as error:  # a class per status code, without a common base
-            version = onnxruntime.__version__
-            raise Unsupported(
-                f"{artifact}: ONNX Runtime {version} cannot run it: {_reason(error)}"
-            ) from error
+            runtime = f"ONNX Runtime {onnxruntime.__version__}"
+            raise Unsupported(f"{artifact}: {runtime} cannot run it: {_reason(error)}") from error
         return _OnnxSession(session)
 
 
-class _OnnxSession(Session):
-    numeric_class = NumericClass.FP32
+class PackedOnnxRuntime(OnnxRuntime):
+    """The same with settings that keep weights packed in RAM: `_LARGEST_FOLDED` of 1 byte."""
 
+    name = "onnxruntime-packed"
+    where = "native CPU, weights packed in RAM"
+    config: ClassVar[dict[str, str]] = {_LARGEST_FOLDED: "1"}
+
+    def unavailable(self) -> str | None:
+        """What is not installed, or so old that it would ignore the setting."""
+        missing = super().unavailable()
+        if missing:
+            return missing
+        found = version("onnxruntime")
+        if tuple(map(int, found.split(".")[:2])) < _LIMITED_FROM:
+            return f"onnxruntime {found} folds weights of any size: install 1.27 or later"
+        return None
+
+
+class _OnnxSession(Session):
     def __init__(self, session: Any) -> None:
         self._session = session
+        self.numeric_class = numeric_class(session.get_modelmeta().custom_metadata_map)
 
     def run(self, inputs: Arrays) -> list[npt.NDArray[Any]]:
         outputs: list[npt.NDArray[Any]] = self._session.run(None, dict(inputs))
         return outputs
+
+
+def numeric_class(metadata: Mapping[str, str]) -> NumericClass:
+    """What a model that `dkm export` wrote says of its precision.
+
+    Args:
+        metadata: of the model, in which ``dkm`` is JSON.
+
+    Raises:
+        InvalidInput: when it is none.
+    """
+    try:
+        table = json.loads(metadata.get("dkm", "{}"))
+    except ValueError as error:
+        raise InvalidInput("the 'dkm' metadata of the model is no JSON: export it again") from error
+    stored = isinstance(table, dict) and table.get("side_data") == "fp16"
+    return NumericClass.FP16_STORED if stored else NumericClass.FP32
 
 
 def _reason(error: Exception) -> str:

@@ -35,7 +35,7 @@ class Decode(nn.Module):
         super().__init__()
         self._layout = palette.layout
         self._fields = fields(palette.bits)
-        self._packed = torch.from_numpy(pack_fields(palette.indices, palette.bits))
+        self._packed = torch.from_numpy(pack_fields(palette.indices.reshape(-1), palette.bits))
         for field in self._fields:
             if field.width < 8:  # a whole byte needs no table
                 self.register_buffer(f"table{field.width}", torch.from_numpy(field.table()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dkm_export.exporting import Capabilities, Exporter
+from dkm_export.exporting import Capabilities, DenseTensor, Exporter
 from dkm_exporters.onnx.options import OnnxOptions as OnnxOptions
 
 if TYPE_CHECKING:
@@ -35,17 +35,27 @@ class OnnxExporter(Exporter[OnnxOptions]):
             InvalidInput: when the model returns another number of outputs than its source names.
         """
         from dkm_export.folding import fold_batch_norm
+        from dkm_export.layers import plan
         from dkm_exporters.onnx.artifact import write_artifact
         from dkm_exporters.onnx.decoding import insert_decoders
-        from dkm_exporters.onnx.tracing import trace
+        from dkm_exporters.onnx.precision import store_as_float16
+        from dkm_exporters.onnx.tracing import example_inputs, trace
 
-        inputs = model.source.example_inputs()
+        inputs = example_inputs(model.source, options)
+        dense = {entry.name: entry.reason for entry in plan(module, model.spec) if entry.reason}
         palettes = fold_batch_norm(module, model.palettes, inputs, model.ties)
-        graph = trace(module, inputs, model.source)
-        insert_decoders(graph, palettes, model.ties)
+        graph = trace(module, inputs, model.source, options)
+        insert_decoders(graph, palettes, model.ties, functions=options.functions)
+        if options.side_data == "fp16":
+            store_as_float16(graph.graph, module, palettes, model.source, inputs)
         path = folder / f"{model.source.name}{self.suffix}"
-        write_artifact(graph, palettes, path)
+        write_artifact(graph, palettes, path, options, dense)
         return path
+
+    def files(self, artifact: Path) -> list[Path]:
+        """The file, and the tensors beside it when it is too large for one file."""
+        beside = artifact.with_name(f"{artifact.name}.data")
+        return [artifact, beside] if beside.is_file() else [artifact]
 
     def read_palettes(self, artifact: Path) -> dict[str, Palette]:
         """Decode every palette, with the ``scale`` that a folded batch norm left.
@@ -55,4 +65,14 @@ class OnnxExporter(Exporter[OnnxOptions]):
         """
         from dkm_exporters.onnx.artifact import read_artifact
 
-        return read_artifact(artifact)
+        return read_artifact(artifact).palettes()
+
+    def read_dense(self, artifact: Path) -> list[DenseTensor]:
+        """Every initializer that is no palette, scales of folded batch norms among them.
+
+        Raises:
+            InvalidInput: when the file is missing, truncated or malformed.
+        """
+        from dkm_exporters.onnx.artifact import read_artifact
+
+        return list(read_artifact(artifact).dense())

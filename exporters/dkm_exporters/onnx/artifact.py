@@ -1,85 +1,220 @@
 """The ``.onnx`` file: written with a table of its palettes, read back without trusting it.
 
-The model's ``metadata_props`` has one key, ``dkm``, with a JSON object: schema version and the
-layout of each palette. The LUTs and indices are the initializers named in `decoding`.
+The model's ``metadata_props`` has one key, ``dkm``, with a JSON object: schema version, the layout
+of each palette, and why weights of layers stayed dense. The LUTs and indices are the initializers
+named in `decoding`. What is too large for protobuf's 2 GB has its tensors in ``<name>.onnx.data``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
+from onnx_ir.external_data import unload_from_model
 from onnx_ir.passes.common import NameFixPass
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from dkm_export import __version__
 from dkm_export.entry import PaletteEntry
-from dkm_export.errors import InvalidInput, Unsupported
+from dkm_export.errors import InvalidInput
+from dkm_export.exporting import DenseTensor
 from dkm_export.fields import unpack_fields
-from dkm_export.palette import Palette, packed_size
+from dkm_export.palette import Layout, Palette, packed_size
 from dkm_export.spec import Frozen
 from dkm_export.validation import explain
+from dkm_exporters.onnx.options import OnnxOptions
 
-_KEY = "dkm"
+_KEY: Final = "dkm"
 _LARGEST_FILE = 2**31 - 1
+_OUTSIDE_FROM = 1 << 10
+"""Bytes from which on a tensor goes into the file beside a model that is too large for one."""
+
+_SIMPLIFIED: Final = "simplifiers such as onnxsim store weights dense again: keep the file as it is"
 
 
-class _Table(Frozen):
-    schema_version: Literal[1] = 1
+class Table(Frozen):
+    """The metadata.
+
+    Attributes:
+        layers: each palette by parameter name.
+        dense: by parameter name, why the weight of a layer has no palette.
+        side_data: type of what else is stored, see `OnnxOptions`.
+    """
+
+    schema_version: Literal[1]
     layers: dict[str, PaletteEntry]
+    dense: dict[str, str] = Field(default_factory=dict)
+    side_data: Literal["fp32", "fp16"] = "fp32"
 
 
-def write_artifact(model: ir.Model, palettes: Mapping[str, Palette], path: Path) -> None:
+def data_file(path: Path) -> Path:
+    """Where the tensors of a file are that is too large for protobuf."""
+    return path.with_name(f"{path.name}.data")
+
+
+def write_artifact(
+    model: ir.Model,
+    palettes: Mapping[str, Palette],
+    path: Path,
+    options: OnnxOptions,
+    dense: Mapping[str, str] = {},
+) -> None:
     """Write ``model``, whose weights are decoded from ``palettes``; same model, same bytes.
 
-    Raises:
-        Unsupported: when the file would exceed the 2 GB that protobuf allows.
+    Args:
+        model: with decoders.
+        palettes: by parameter name.
+        path: of the file; tensors go into `data_file` when they are too many bytes for protobuf.
+        options: settings of the target.
+        dense: why weights of layers have no palette.
     """
     layers = {name: PaletteEntry.of(palette) for name, palette in palettes.items()}
-    model.metadata_props[_KEY] = _Table(layers=layers).model_dump_json()
+    table = Table(schema_version=1, layers=layers, dense=dict(dense), side_data=options.side_data)
+    model.metadata_props[_KEY] = table.model_dump_json(exclude_defaults=True)
     model.producer_name, model.producer_version = "dkm-export", __version__
+    model.doc_string = f"Weights are palettes, decoded in the graph; {_SIMPLIFIED}."
     NameFixPass()(model)
     weights = [value.const_value for value in model.graph.initializers.values()]
-    if sum(weight.nbytes for weight in weights if weight is not None) > _LARGEST_FILE:
-        raise Unsupported("onnx: a file cannot exceed 2 GB: palettize more of the dense weights")
+    outside = sum(weight.nbytes for weight in weights if weight is not None) > _LARGEST_FILE
+    if outside:
+        name = data_file(path).name
+        unload_from_model(model, path.parent, name, size_threshold_bytes=_OUTSIDE_FROM)
     proto = ir.to_proto(model)
-    onnx.checker.check_model(proto)
+    _drop_types(proto, palettes)
     path.write_bytes(proto.SerializeToString(deterministic=True))
+    onnx.checker.check_model(path if outside else proto)
 
 
-def read_artifact(path: Path) -> dict[str, Palette]:
-    """Decode and validate all palettes of a file that `write_artifact` wrote.
+def _drop_types(proto: onnx.ModelProto, palettes: Mapping[str, Palette]) -> None:
+    """Remove the types of initializers and decoded weights, which their definitions tell."""
+    known = {tensor.name for tensor in proto.graph.initializer} | palettes.keys()
+    kept = [value for value in proto.graph.value_info if value.name not in known]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """What is read of a file: its table, and its initializers by name."""
+
+    path: Path
+    table: Table
+    initializers: Mapping[str, onnx.TensorProto]
+
+    def palettes(self) -> dict[str, Palette]:
+        """Decode and validate all palettes.
+
+        Raises:
+            InvalidInput: when the file contradicts itself.
+        """
+        palettes = {}
+        for name, entry in self.table.layers.items():
+            try:
+                palettes[name] = self._palette(name, entry)
+            except InvalidInput as error:
+                raise InvalidInput(f"{self.path}: {name}: {error}") from error
+        return palettes
+
+    def dense(self) -> Iterator[DenseTensor]:
+        """Tensors without a palette, in the order of the file."""
+        parts = {f"{name}.{part}" for name in self.table.layers for part in ("lut", "indices")}
+        for name, tensor in self.initializers.items():
+            if name in parts or name.startswith("dkm/"):
+                continue
+            try:
+                dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            except KeyError as error:
+                raise InvalidInput(f"{self.path}: initializer '{name}' has no type") from error
+            reason = self.table.dense.get(name, "no layer's weight")
+            yield DenseTensor(name, tuple(tensor.dims), str(dtype), reason)
+
+    def _palette(self, name: str, entry: PaletteEntry) -> Palette:
+        layout = entry.layout
+        lut = self._array(f"{name}.lut", "<f2", (layout.groups << entry.bits, layout.dim))
+        scale = self._scale(name, layout)
+        return Palette(
+            entry.bits,
+            layout,
+            lut.reshape(layout.groups, -1, layout.dim),
+            self._indices(name, entry.bits, layout),
+            scale,
+        )
+
+    def _indices(self, name: str, bits: int, layout: Layout) -> npt.NDArray[np.uint8]:
+        by_row = len(self._initializer(f"{name}.indices").dims) == 2
+        shape = layout.index_shape if by_row else (layout.vectors,)
+        packed_shape = (*shape[:-1], packed_size(shape[-1], bits))
+        packed = self._array(f"{name}.indices", "u1", packed_shape)
+        return unpack_fields(packed, bits, shape[-1]).reshape(layout.index_shape)
+
+    def _scale(self, name: str, layout: Layout) -> npt.NDArray[np.float32] | None:
+        if f"{name}.scale" not in self.initializers:
+            return None
+        # A factor per output channel: along axis 0 or, for a transposed convolution, axis 1.
+        dims = self._initializer(f"{name}.scale").dims
+        channels = next((axis for axis, size in enumerate(dims) if size != 1), 0)
+        shape = tuple(size if axis == channels else 1 for axis, size in enumerate(layout.shape))
+        dtype = "<f2" if self.table.side_data == "fp16" else "<f4"
+        return self._array(f"{name}.scale", dtype, shape).astype(np.float32)
+
+    def _initializer(self, name: str) -> onnx.TensorProto:
+        if name not in self.initializers:
+            raise InvalidInput(f"initializer '{name}' is missing; {_SIMPLIFIED}")
+        return self.initializers[name]
+
+    def _array(self, name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """The values of an initializer that has to have this dtype and shape.
+
+        Raises:
+            InvalidInput: when it has others, or too few or too many bytes, or lies in another file
+                than `data_file`.
+        """
+        tensor, expected = self._initializer(name), np.dtype(dtype)
+        right = (
+            tensor.data_type == onnx.helper.np_dtype_to_tensor_dtype(expected)
+            and tuple(tensor.dims) == shape
+        )
+        size = math.prod(shape) * expected.itemsize
+        content = self._outside(tensor, size) if tensor.external_data else tensor.raw_data
+        if not right or len(content) != size:
+            raise InvalidInput(f"initializer '{name}' is not {expected}{list(shape)} in place")
+        return np.frombuffer(content, expected).reshape(shape)
+
+    def _outside(self, tensor: onnx.TensorProto, size: int) -> bytes:
+        """The bytes of a tensor in `data_file`, at most ``size``."""
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        file = data_file(self.path)
+        if place.get("location") != file.name:
+            raise InvalidInput(f"initializer '{tensor.name}' is not in {file.name}")
+        try:
+            offset, length = int(place.get("offset", "0")), int(place["length"])
+            if length != size or offset < 0:
+                return b""
+            with file.open("rb") as stream:
+                stream.seek(offset)
+                return stream.read(size)
+        except (KeyError, ValueError, OverflowError) as error:
+            raise InvalidInput(
+                f"initializer '{tensor.name}' has no place in {file.name}"
+            ) from error
+        except OSError as error:
+            raise InvalidInput(f"{file.name} cannot be read: {error.strerror}") from error
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Parse a file that `write_artifact` wrote.
 
     Raises:
-        InvalidInput: when the file is missing, truncated, malformed or contradicts itself.
+        InvalidInput: when the file is missing, truncated, malformed or of another tool.
     """
-    metadata, initializers = _parse(path)
-    if _KEY not in metadata:
-        raise InvalidInput(f"{path}: has no '{_KEY}' metadata, so `dkm export` did not write it")
-    try:
-        table = _Table.model_validate_json(metadata[_KEY])
-    except ValidationError as error:
-        raise InvalidInput(f"{path}: {explain(error, _Table)}") from error
-    palettes = {}
-    for name, entry in table.layers.items():
-        try:
-            palettes[name] = _palette(name, entry, initializers)
-        except KeyError as error:
-            raise InvalidInput(f"{path}: initializer {error} is missing") from error
-        except InvalidInput as error:
-            raise InvalidInput(f"{path}: {name}: {error}") from error
-    return palettes
-
-
-def _parse(path: Path) -> tuple[dict[str, str], dict[str, onnx.TensorProto]]:
-    """The metadata and the initializers by name."""
     model = onnx.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
@@ -91,39 +226,10 @@ def _parse(path: Path) -> tuple[dict[str, str], dict[str, onnx.TensorProto]]:
         raise InvalidInput(f"{path}: not an ONNX file, or cut short") from error
     if len(initializers) < len(model.graph.initializer):
         raise InvalidInput(f"{path}: two initializers have the same name")
-    return metadata, initializers
-
-
-def _palette(
-    name: str, entry: PaletteEntry, initializers: Mapping[str, onnx.TensorProto]
-) -> Palette:
-    layout = entry.layout
-    count = layout.vectors
-    lut = _array(initializers[f"{name}.lut"], "<f2", (layout.groups << entry.bits, layout.dim))
-    packed = _array(initializers[f"{name}.indices"], "u1", (packed_size(count, entry.bits),))
-    indices = unpack_fields(packed, entry.bits, count).reshape(layout.index_shape)
-    scale = None
-    if f"{name}.scale" in initializers:
-        tensor = initializers[f"{name}.scale"]
-        # A factor per output channel: along axis 0 or, for a transposed convolution, axis 1.
-        channels = next((axis for axis, size in enumerate(tensor.dims) if size != 1), 0)
-        broadcast = (size if axis == channels else 1 for axis, size in enumerate(layout.shape))
-        scale = _array(tensor, "<f4", tuple(broadcast))
-    return Palette(entry.bits, layout, lut.reshape(layout.groups, -1, layout.dim), indices, scale)
-
-
-def _array(tensor: onnx.TensorProto, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """The values of an initializer that has to have this dtype and shape.
-
-    Raises:
-        InvalidInput: when it has others, lies in another file, or has too few or too many bytes.
-    """
-    expected = np.dtype(dtype)
-    if (
-        tensor.data_type != onnx.helper.np_dtype_to_tensor_dtype(expected)
-        or tuple(tensor.dims) != shape
-        or tensor.data_location != onnx.TensorProto.DEFAULT
-        or len(tensor.raw_data) != math.prod(shape) * expected.itemsize
-    ):
-        raise InvalidInput(f"initializer '{tensor.name}' is not {expected}{list(shape)} in place")
-    return np.frombuffer(tensor.raw_data, expected).reshape(shape)
+    if _KEY not in metadata:
+        raise InvalidInput(f"{path}: has no '{_KEY}' metadata, so `dkm export` did not write it")
+    try:
+        table = Table.model_validate_json(metadata[_KEY])
+    except ValidationError as error:
+        raise InvalidInput(f"{path}: {explain(error, Table)}") from error
+    return Artifact(path, table, initializers)

@@ -25,7 +25,7 @@ class OnnxOptions(Frozen):
             name have the same size.
     """
 
-    opset: Annotated[int, Field(ge=18, le=24)] = 18
+    opset: Annotated[int, Field(ge=13, le=25)] = 18
     functions: bool = False
     side_data: Literal["fp32", "fp16"] = "fp32"
     dynamic_axes: dict[str, dict[Axis, Name]] = Field(default_factory=dict)
