@@ -67,7 +67,7 @@ Sessions: `default` decodes all weights at load. `packed` decodes none, by the s
 
 Error: the worst relative L2 to PyTorch of an output, over two inputs; a file runs when none is
 above 1e-5. Loaded: bytes of the model as the session runs it, to those of the file, over all files:
-about 1.0x where weights stay packed.
+about 1.0x where weights stay packed, and up to 2x where functions became operators as well.
 """
 
 VERSIONS = ("1.16.3", "1.20.1")
@@ -75,6 +75,9 @@ VERSIONS = ("1.16.3", "1.20.1")
 
 NUMPY = {"1.16.3": "numpy<2"}
 """What a version needs other than the newest numpy."""
+
+FORMS = ("inlined", "functions")
+"""Of the decoders: names of the folders."""
 
 SETTINGS = ("default", "packed", "unoptimized")
 ELSEWHERE = ("onnxruntime-web", "onnxruntime-node")
@@ -194,10 +197,10 @@ def export(models: Sequence[PalettizedModel], folder: Path) -> dict[str, str]:
         generator = torch.Generator().manual_seed(1)
         inputs = [tuple(spec.random(generator) for spec in source.inputs) for _ in range(SAMPLES)]
         save_samples(model.build(), source, inputs, samples)
-        for functions in (False, True):
-            into = folder / ("functions" if functions else "inlined")
+        for form in FORMS:
+            into = folder / form
             into.mkdir(exist_ok=True)
-            options = OnnxOptions(functions=functions)
+            options = OnnxOptions(functions=form == "functions")
             with quiet():
                 file = OnnxExporter().lower(model, model.build(), into, options)
             files[str(file)] = str(samples)
@@ -249,14 +252,21 @@ def environment(version: str) -> str:
 
 
 def in_version(version: str, python: str, files: Mapping[str, str]) -> list[Row]:
-    """A row for each setting."""
-    jobs = {f"{version}, {setting}": Job(files=files, setting=setting) for setting in SETTINGS}
+    """A row for each form of the decoders and setting."""
+    jobs = {
+        f"{version}, {form}, {setting}": Job(files=_of_form(files, form), setting=setting)
+        for form, setting in itertools.product(FORMS, SETTINGS)
+    }
     found, failures = run_in_turn(WORKER, jobs, Found, 1, python, echo=False)
-    rows = [_row(name, files, *found[name]) for name in found]
+    rows = [_row(name, len(jobs[name].files), *found[name]) for name in found]
     return rows + [Row(_cells(name, why), (f"{name}: {why}",)) for name, why in failures.items()]
 
 
-def _row(name: str, files: Mapping[str, str], found: Found) -> Row:
+def _of_form(files: Mapping[str, str], form: str) -> dict[str, str]:
+    return {file: files[file] for file in files if Path(file).parent.name == form}
+
+
+def _row(name: str, count: int, found: Found) -> Row:
     problems = [f"{name}: {_short(file)}: {why}" for file, why in found.failures.items()]
     for file, errors in found.errors.items():
         wrong = {output: error for output, error in errors.items() if error > LARGEST_ERROR}
@@ -268,31 +278,33 @@ def _row(name: str, files: Mapping[str, str], found: Found) -> Row:
     worst_error = max((max(errors.values()) for errors in found.errors.values()), default=0.0)
     growth = found.growth.values()
     span = f"{min(growth):.1f}x to {max(growth):.1f}x" if growth else ""
-    ran = f"{len(files) - len(problems)} of {len(files)}"
+    ran = f"{count - len(problems)} of {count}"
     return Row(_cells(name, ran, f"{worst_error:.0e}", span), tuple(problems))
 
 
-def elsewhere(name: str, files: Mapping[str, str]) -> Row:
-    """The files in a runtime that is no Python package."""
+def elsewhere(name: str, files: Mapping[str, str]) -> list[Row]:
+    """The files in a runtime that is no Python package: a row for each form of the decoders."""
     runtime: Runtime | None = discover(RUNTIMES).get(name)
     reason = "no such runtime is installed" if runtime is None else runtime.unavailable()
     if runtime is None or reason:
-        return Row(_cells(name, f"not run: {reason}"))
-    errors: dict[str, dict[str, float]] = {}
-    failures = {}
-    for file, samples in files.items():
-        print(f"  {name}: {_short(file)}", file=sys.stderr)
-        try:
-            errors[file] = errors_of(runtime.load(Path(file)).run, samples)
-        except DkmError as error:
-            failures[file] = str(error)
-    found = Found(errors=errors, failures=failures, growth={})
-    return _row(f"{name}, default", files, found)
+        return [Row(_cells(name, f"not run: {reason}"))]
+    rows = []
+    for form in FORMS:
+        found = Found(errors={}, failures={}, growth={})
+        chosen = _of_form(files, form)
+        for file, samples in chosen.items():
+            print(f"  {name}: {_short(file)}", file=sys.stderr)
+            try:
+                found.errors[file] = errors_of(runtime.load(Path(file)).run, samples)
+            except DkmError as error:
+                found.failures[file] = str(error)
+        rows.append(_row(f"{name}, {form}, default", len(chosen), found))
+    return rows
 
 
 def _cells(name: str, ran: str, error: str = "", growth: str = "") -> tuple[str, ...]:
-    version, _, setting = name.partition(", ")
-    return version, setting, ran, error, growth
+    version, form, setting = (*name.split(", "), "", "")[:3]
+    return version, form, setting, ran, error, growth
 
 
 def _short(file: str) -> str:
@@ -316,8 +328,9 @@ def main() -> int:
                 why = (error.stderr.strip() or str(error)).splitlines()[-1]
                 rows.append(Row(_cells(version, f"not run: {why}")))
         rows += in_version(metadata.version("onnxruntime"), sys.executable, files)
-        rows += [elsewhere(name, files) for name in ELSEWHERE]
-    header = ("ONNX Runtime", "session", "files that run", "error", "loaded")
+        for name in ELSEWHERE:
+            rows += elsewhere(name, files)
+    header = ("ONNX Runtime", "decoders", "session", "files that run", "error", "loaded")
     facts = machine(torch.device("cpu"), ("onnx", "onnxscript"))
     content = f"{facts}\n\n{table(header, [row.cells for row in rows])}"
     print(content)
