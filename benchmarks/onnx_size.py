@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +159,8 @@ def measure(network: Network, folder: Path) -> list[Row]:
             into = folder / network.recipe / batch_norm / side_data
             into.mkdir(parents=True)
             options = OnnxOptions(side_data=side_data)
-            with quiet():
+            with warnings.catch_warnings(), quiet():
+                warnings.simplefilter("ignore")  # about what float16 changes: weights are random
                 file = OnnxExporter().lower(model, model.build(), into, options)
             rows.append(Row(network, batch_norm, side_data, parts(file), parameters))
     print(f"{network.name}: {perf_counter() - started:.0f} s", file=sys.stderr, flush=True)

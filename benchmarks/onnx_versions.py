@@ -60,7 +60,9 @@ whole networks come on top, small and with random weights: MobileNet-v1, BERT as
 a vision transformer. Each file is there with its decoders inlined and as functions
 (`functions = true`).
 
-Sessions: `default` decodes all weights at load. `packed` decodes none, by the session entry
+Sessions: `default` decodes all weights at load, but for embeddings, whose rows are decoded where
+they are looked up, and for functions in 1.16, which inlines them too late; 1.17 does it in time.
+`packed` decodes none, by the session entry
 `{LIMIT}` from version
 {".".join(map(str, LIMIT_SINCE))} on, and before, where it is unknown, by
 `disabled_optimizers=["ConstantFolding"]`. `unoptimized` is `ORT_DISABLE_ALL`.
