@@ -106,6 +106,11 @@ def plan(model: nn.Module, spec: CompressionSpec) -> list[LayerPlan]:
     return plans
 
 
+def dense_reasons(model: nn.Module, spec: CompressionSpec) -> dict[str, str]:
+    """Why weights of layers stay dense, by parameter name."""
+    return {entry.name: entry.reason for entry in plan(model, spec) if entry.reason}
+
+
 def require_palettes(plans: Sequence[LayerPlan]) -> None:
     """Refuse a plan that leaves every layer dense.
 

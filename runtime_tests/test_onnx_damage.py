@@ -83,7 +83,7 @@ def table(old: str, new: str) -> Callable[[onnx.ModelProto], object]:
         (lambda proto: proto.ClearField("metadata_props"), "no 'dkm' metadata"),
         (lambda proto: proto.ClearField("graph"), "'stem.0.weight.lut' is missing"),
         (rename, "two initializers have the same name"),
-        (move_out, "up.weight: initializer 'up.weight.indices' is not uint8"),
+        (move_out, "up.weight: initializer 'up.weight.indices' is not in edited.onnx.data"),
         (table('{"schema_version":1', '{"schema_version":2'), "schema_version"),
         (table('"layers"', '"extra":1,"layers"'), "unknown key"),
         (table('"shape":[24,48]', '"shape":[24,49]'), "head.weight: initializer"),

@@ -1,8 +1,9 @@
-"""list the palettes of a checkpoint or an artifact"""
+"""list the palettes of a checkpoint or an artifact, and what stayed dense"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from dkm_export.entry import PaletteEntry
 from dkm_export.errors import ExitCode
 
 if TYPE_CHECKING:
+    from dkm_export.exporting import DenseTensor
     from dkm_export.palette import Palette
 
 
@@ -28,15 +30,28 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run ``dkm inspect``."""
     from dkm_export.inspection import inspect
 
-    file, total, palettes = inspect(options.path, verbose=terminal.verbose)
+    found = inspect(options.path, verbose=terminal.verbose)
+    palettes, total = found.palettes, found.bytes
+    dense = sorted(found.dense or (), key=lambda tensor: -tensor.nbytes)
     payload = sum(palette.nbytes for palette in palettes.values())
     if terminal.json:
         terminal.result(
             {
-                "file": str(file),
+                "file": str(found.file),
                 "bytes": total,
                 "palette_bytes": payload,
                 "layers": {name: _describe(palette) for name, palette in palettes.items()},
+                "dense": None
+                if found.dense is None
+                else {
+                    tensor.name: {
+                        "shape": tensor.shape,
+                        "dtype": tensor.dtype,
+                        "bytes": tensor.nbytes,
+                        "reason": tensor.reason,
+                    }
+                    for tensor in dense
+                },
             }
         )
         return ExitCode.OK
@@ -45,13 +60,31 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         entry = _describe(palette)
         shape = "x".join(map(str, palette.layout.shape))
         rows.append((name, shape, *(entry[key] for key in _KEYS)))
-    terminal.table(str(file), ("layer", "shape", *_KEYS), rows)
+    terminal.table(str(found.file), ("layer", "shape", *_KEYS), rows)
+    _print_dense(dense, terminal)
     terminal.print(
         f"palettes {size(payload)}, everything else {size(total - payload)}, file {size(total)}"
     )
     return ExitCode.OK
 
 
+def _print_dense(dense: Sequence[DenseTensor], terminal: Terminal) -> None:
+    if not dense:
+        return
+    terminal.table(
+        "without a palette",
+        ("tensor", "shape", "type", "bytes", "why"),
+        [
+            (x.name, "x".join(map(str, x.shape)), x.dtype, f"{x.nbytes:,}", x.reason)
+            for x in dense[:_MOST_DENSE]
+        ],
+    )
+    rest = dense[_MOST_DENSE:]
+    if rest:
+        terminal.print(f"and {len(rest)} smaller ones, {size(sum(x.nbytes for x in rest))}")
+
+
+_MOST_DENSE = 20
 _KEYS = ("bits", "dim", "axis", "groups", "index_bytes", "lut_bytes")
 
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Final, Generic, TypeVar
 
 import numpy as np
 
@@ -71,7 +71,7 @@ class DenseTensor:
         name: in the artifact; a parameter's own name where it is one.
         shape: its sizes.
         dtype: its type, in numpy's words.
-        reason: why it has no palette.
+        reason: why it has no palette, or an empty string where nothing tells.
     """
 
     name: str
@@ -83,6 +83,10 @@ class DenseTensor:
     def nbytes(self) -> int:
         """Bytes that its values take."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+NO_WEIGHT: Final = "no layer's weight"
+"""The reason of biases, norms and constants."""
 
 
 class NoOptions(Frozen):

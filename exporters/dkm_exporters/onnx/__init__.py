@@ -24,6 +24,16 @@ class OnnxExporter(Exporter[OnnxOptions]):
     capabilities = Capabilities()
     options = OnnxOptions
 
+    def requires(self, model: PalettizedModel, options: OnnxOptions) -> None:
+        """Refuse, before any work, axes that the model does not have.
+
+        Raises:
+            InvalidInput: with the input, the axis and what is allowed.
+            Unsupported: with the layer, the value and the allowed values.
+        """
+        options.require_fit(model.source)
+        super().requires(model, options)
+
     def lower(
         self, model: PalettizedModel, module: nn.Module, folder: Path, options: OnnxOptions
     ) -> Path:
@@ -35,14 +45,14 @@ class OnnxExporter(Exporter[OnnxOptions]):
             InvalidInput: when the model returns another number of outputs than its source names.
         """
         from dkm_export.folding import fold_batch_norm
-        from dkm_export.layers import plan
+        from dkm_export.layers import dense_reasons
         from dkm_exporters.onnx.artifact import write_artifact
         from dkm_exporters.onnx.decoding import insert_decoders
         from dkm_exporters.onnx.precision import store_as_float16
         from dkm_exporters.onnx.tracing import example_inputs, trace
 
         inputs = example_inputs(model.source, options)
-        dense = {entry.name: entry.reason for entry in plan(module, model.spec) if entry.reason}
+        dense = dense_reasons(module, model.spec)
         palettes = fold_batch_norm(module, model.palettes, inputs, model.ties)
         graph = trace(module, inputs, model.source, options)
         insert_decoders(graph, palettes, model.ties, functions=options.functions)

@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 from dkm_export import __version__
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
-from dkm_export.exporting import DenseTensor
+from dkm_export.exporting import NO_WEIGHT, DenseTensor
 from dkm_export.fields import unpack_fields
 from dkm_export.palette import Layout, Palette, packed_size
 from dkm_export.spec import Frozen
@@ -133,7 +133,7 @@ class Artifact:
                 dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
             except KeyError as error:
                 raise InvalidInput(f"{self.path}: initializer '{name}' has no type") from error
-            reason = self.table.dense.get(name, "no layer's weight")
+            reason = self.table.dense.get(name, NO_WEIGHT)
             yield DenseTensor(name, tuple(tensor.dims), str(dtype), reason)
 
     def _palette(self, name: str, entry: PaletteEntry) -> Palette:

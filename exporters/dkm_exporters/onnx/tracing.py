@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from typing import Final
 
 import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+from onnxscript.optimizer import fold_constants
 from onnxscript.version_converter import ConvertVersionPass
 from torch import Tensor, nn
+from torch.export import Dim
 
 from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.palettized import InputSpec, ModelSource
@@ -37,15 +40,17 @@ def trace(
 ) -> ir.Model:
     """Export ``module``; weights keep their parameter names, inputs and outputs take the source's.
 
-    Nothing is folded or fused: torch's and onnxscript's optimizers rename, transpose and merge
-    weights, after which no palette could be found again.
+    Nothing is fused, and only constants of the code are folded: with all that torch's optimizer
+    does, weights are renamed, transposed and merged, and no palette could be found again.
 
     Raises:
         Unsupported: when ONNX, or the chosen opset, has no equivalent of an operator, or the model
             fixes the size of an axis that is to be dynamic.
         InvalidInput: when the module returns another number of outputs than the source names.
     """
-    axes = tuple(dict(options.dynamic_axes.get(spec.name, {})) for spec in source.inputs)
+    axes = [
+        dict.fromkeys(options.dynamic_axes.get(spec.name, {}), Dim.AUTO) for spec in source.inputs
+    ]
     try:
         program = torch.onnx.export(
             module,
@@ -54,16 +59,19 @@ def trace(
             optimize=False,
             opset_version=max(options.opset, _OWN_OPSET),
             verbose=False,
-            dynamic_shapes=axes if any(axes) else None,
+            dynamic_shapes=tuple(axes) if any(axes) else None,
         )
     except torch.onnx.OnnxExporterError as error:
         raise Unsupported(f"onnx: {_explain(error)}") from error
     assert program is not None
     model = program.model
-    _require_dynamic(model.graph, source, options)
+    ranges = program.exported_program.range_constraints if program.exported_program else {}
+    fixed = {str(size): int(r.lower) for size, r in ranges.items() if r.lower == r.upper}
+    _name_axes(model.graph, source, options, fixed)
     model.graph.name = source.name
     ShapeInferencePass()(model)
     _remove_casts(model.graph)
+    fold_constants(model, onnx_shape_inference=False, should_fold=_takes_constants)
     RemoveUnusedNodesPass()(model)
     _name_nodes(model.graph)
     _strip(model)
@@ -81,15 +89,35 @@ def _example(spec: InputSpec, options: OnnxOptions, generator: torch.Generator) 
     return spec.model_copy(update={"shape": tuple(shape)}).random(generator)
 
 
-def _require_dynamic(graph: ir.Graph, source: ModelSource, options: OnnxOptions) -> None:
+def _name_axes(
+    graph: ir.Graph, source: ModelSource, options: OnnxOptions, fixed: Mapping[str, int]
+) -> None:
+    """Call dynamic axes as the options do, instead of torch's ``s31``, wherever they occur.
+
+    ``fixed`` has the sizes that torch calls by a name although they can be no other ones.
+    """
+    names: dict[int | str | None, int | str | None] = {}
     for value, spec in zip(graph.inputs, source.inputs, strict=True):
-        for axis in options.dynamic_axes.get(spec.name, {}):
+        for axis, name in options.dynamic_axes.get(spec.name, {}).items():
             assert value.shape is not None
-            if isinstance(size := value.shape[axis], int):
+            size = value.shape[axis]
+            if isinstance(size, int) or size.value in fixed:
+                only = size if isinstance(size, int) else fixed[str(size.value)]
                 raise Unsupported(
-                    f"onnx: the model fixes axis {axis} of '{spec.name}' to {size}: "
+                    f"onnx: the model fixes axis {axis} of '{spec.name}' to {only}: "
                     "leave it out of onnx.dynamic_axes, or change the model's code"
                 )
+            names[size.value] = name
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            sizes = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+            value.shape = ir.Shape([names.get(size, size) for size in sizes])
+
+
+def _takes_constants(node: ir.Node) -> bool:
+    """Whether ``node`` computes from numbers of the model's code alone."""
+    producers = [value.producer() for value in node.inputs if value is not None]
+    return all(before is not None and before.op_type == "Constant" for before in producers)
 
 
 def _convert_down(model: ir.Model, opset: int) -> None:
@@ -104,6 +132,9 @@ def _convert_down(model: ir.Model, opset: int) -> None:
                 f"onnx: opset {opset} has no {node.op_type} ({node.name}): "
                 f"set onnx.opset to {min(since)} or more"
             )
+        # The converter would leave it behind where the older operator has no such attribute.
+        if node.attributes.get_int("noop_with_empty_axes", 1) == 0:
+            node.attributes.pop("noop_with_empty_axes")
     ConvertVersionPass(opset, fallback=True)(model)
     if model.graph.opset_imports[""] != opset:
         raise Unsupported(
