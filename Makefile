@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := build/demo
 RECIPE := models/dkm_models/recipes/digits.toml
-RUNTIMES := onnxruntime,executorch,coreml-reference
+RUNTIMES := onnxruntime,onnxruntime-ort,executorch,coreml-reference
 
 .PHONY: demo test test-slow lint clean
 

@@ -28,7 +28,7 @@ from dkm_runtimes.onnxruntime import OnnxRuntime
 from tests.zoo import IMAGE, ROW, TOKENS, palettize
 
 RECIPES = Path(dkm_models.__path__[0]) / "recipes"
-RUNTIMES = ("onnxruntime", "executorch", "coreml-reference")
+RUNTIMES = ("onnxruntime", "onnxruntime-ort", "executorch", "coreml-reference")
 LAYER = "features.10.weight"
 
 Dkm = Callable[..., tuple[int, dict[str, Any]]]
@@ -102,7 +102,7 @@ def test_inspect_reads_every_kind_of_file(dkm: Dkm, run: Path, export: Path) -> 
         assert found["bytes"] == artifact["bytes"]
 
 
-@pytest.mark.parametrize("target", ["coreml", "onnx", "executorch", "model.dkm.safetensors"])
+@pytest.mark.parametrize("target", ["coreml", "onnx", "ort", "executorch", "model.dkm.safetensors"])
 def test_one_changed_lut_entry_fails_and_is_named(dkm: Dkm, copy: Path, target: str) -> None:
     lut = load_checkpoint(copy / "model.dkm.safetensors").palettes[LAYER].lut
     encodings = [lut.tobytes(), lut.astype(np.float32).tobytes()]

@@ -138,7 +138,7 @@ def test_a_factory_that_does_not_import(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "coremll"], "no target 'coremll': choose from coreml, executorch, onnx"),
+        (["--target", "coremll"], "no target 'coremll': choose from coreml, executorch, onnx, ort"),
         (["--target", "onnx", "--set", "coreml.precision=fp32"], "no chosen target: onnx"),
         (["--target", "coreml", "--set", "coreml.precise=1"], "unknown key, allowed: precision"),
         (["--target", "coreml", "--set", "precision=fp32"], "write target.key=value"),

@@ -1,5 +1,5 @@
 """Check: every artifact, on every runtime that is here, against the PyTorch reference."""
 
-from dkm_export.checking.runtime import Arrays, NumericClass, Runtime, Session
+from dkm_export.checking.runtime import Arrays, InstallableRuntime, NumericClass, Runtime, Session
 
-__all__ = ["Arrays", "NumericClass", "Runtime", "Session"]
+__all__ = ["Arrays", "InstallableRuntime", "NumericClass", "Runtime", "Session"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from dkm_export.checking.execution import check_runtime
+from dkm_export.checking.execution import check_runtime, not_run
 from dkm_export.checking.metrics import LIMITS, compare, sensitivity, violations
 from dkm_export.checking.reference import Reference, make_reference
 from dkm_export.checking.report import Finding, Report, failed, passed
@@ -45,7 +45,8 @@ def check(
 
     Args:
         path: the folder of `dkm export`, or a path below it that is an artifact.
-        runtimes: names of the runtimes to use; all that fit the artifacts by default.
+        runtimes: names of the runtimes to use; by default all that fit the artifacts, of which
+            those that are `only_named` do not run.
         required: runtimes that must run, or the report's exit code says so.
         max_drop: how far the task's metric may fall below the uncompressed model's.
         data: arguments of the task that are others here than when the model was trained, such as
@@ -78,6 +79,11 @@ def check(
         with quiet(enabled=not verbose):
             structures.append(check_artifact(root, artifact, exporter, model))
         for runtime in (runtime for runtime in chosen if runtime.target == artifact.target):
+            if runtime.only_named and runtime.name not in (*runtimes, *required):
+                runs.append(
+                    not_run(runtime, f"{runtime.only_named}: --require {runtime.name} runs it")
+                )
+                continue
             if not runtime.unavailable():
                 progress(f"{runtime.name}: {runtime.where}")
             with quiet(enabled=not verbose):

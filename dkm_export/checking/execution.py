@@ -28,21 +28,28 @@ from dkm_export.task import Task, metric_of
 
 def check_runtime(path: Path, runtime: Runtime, reference: Reference) -> RuntimeReport:
     """Run the samples and the task's test split, and compare with PyTorch."""
-    report = RuntimeReport(
-        runtime=runtime.name, target=runtime.target, where=runtime.where, findings=()
-    )
     try:
         reason = runtime.unavailable()
         if reason:
             raise Unsupported(reason)
-        return report.model_copy(update=_run(runtime.load(path), reference))
+        return _report(runtime).model_copy(update=_run(runtime.load(path), reference))
     except Unsupported as error:
-        ended = Finding(check="run", status=Status.NOT_RUN, message=str(error))
+        return not_run(runtime, str(error))
     except Exception as error:  # a runtime raises anything
         summary = str(error).strip().partition("\n")[0]
         message = summary if isinstance(error, DkmError) else f"{type(error).__name__}: {summary}"
-        ended = Finding(check="run", status=Status.ERROR, message=message)
-    return report.model_copy(update={"findings": (ended,)})
+        return _report(runtime, Finding(check="run", status=Status.ERROR, message=message))
+
+
+def not_run(runtime: Runtime, reason: str) -> RuntimeReport:
+    """The report of a runtime that did not run, and why."""
+    return _report(runtime, Finding(check="run", status=Status.NOT_RUN, message=reason))
+
+
+def _report(runtime: Runtime, *findings: Finding) -> RuntimeReport:
+    return RuntimeReport(
+        runtime=runtime.name, target=runtime.target, where=runtime.where, findings=findings
+    )
 
 
 def _run(session: Session, reference: Reference) -> Mapping[str, object]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy.typing as npt
 
+from dkm_export.checking.installation import Installation
 from dkm_export.plugins import missing_packages
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -50,12 +51,14 @@ class Runtime(ABC):
         where: how it runs, in words that claim no more than is true: ``native CPU``,
             ``interpreted with torch on CPU``.
         packages: importable packages that it needs, from the target's extra.
+        only_named: why a check runs it only when it is named, or None for one that always runs.
     """
 
     name: ClassVar[str]
     target: ClassVar[str]
     where: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
+    only_named: ClassVar[str | None] = None
 
     def unavailable(self) -> str | None:
         """Why this runtime cannot run here, or None."""
@@ -88,3 +91,45 @@ class Runtime(ABC):
             InvalidInput: when the artifact is malformed.
         """
         return {}
+
+
+class InstallableRuntime(Runtime):
+    """A runtime whose files `dkm runtimes install` downloads; nothing else does.
+
+    Attributes:
+        version: of what is downloaded, pinned by the subclass.
+    """
+
+    packages = ()
+    version: ClassVar[str]
+
+    @property
+    def installation(self) -> Installation:
+        """Where the files are, or would be."""
+        return Installation(self.name, self.version)
+
+    def unavailable(self) -> str | None:
+        """Why this runtime cannot run here, or None."""
+        problem = self.installation.problem()
+        return f"{problem}: dkm runtimes install {self.name}" if problem else super().unavailable()
+
+    def install(self, progress: Callable[[str], None]) -> None:
+        """Download the files, unless they are there and whole.
+
+        Args:
+            progress: called with a line before each step that takes a while.
+
+        Raises:
+            Unsupported: when they cannot be had, with the reason; then nothing has changed.
+        """
+        if self.installation.problem():
+            with self.installation.staged() as folder:
+                self.download(folder, progress)
+
+    @abstractmethod
+    def download(self, folder: Path, progress: Callable[[str], None]) -> None:
+        """Fill an empty folder with the files, verified.
+
+        Raises:
+            Unsupported: when they cannot be had, with the reason.
+        """

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="TARGET",
-        help="coreml, onnx, executorch or all (`dkm targets` lists them); may be repeated",
+        help="coreml, onnx, ort, executorch or all (`dkm targets` lists them); may be repeated",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--force", action="store_true", help="replace an existing output")

@@ -56,7 +56,12 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         "runtimes",
         ("runtime", "target", "how it runs", "here"),
         [
-            (runtime.name, runtime.target, runtime.where, runtime.unavailable() or "yes")
+            (
+                runtime.name,
+                runtime.target,
+                runtime.where,
+                runtime.unavailable() or ("when it is named" if runtime.only_named else "yes"),
+            )
             for runtime in runtimes
         ],
     )
@@ -83,4 +88,5 @@ def _runtime(runtime: Runtime) -> dict[str, Any]:
         "target": runtime.target,
         "where": runtime.where,
         "unavailable": runtime.unavailable(),
+        "only_named": runtime.only_named,
     }

@@ -26,7 +26,11 @@ from dkm_export.samples import make_samples, save_samples
 from dkm_export.spec import Frozen
 from dkm_export.validation import explain
 
-_RECORDED = ("torch", "numpy", "coremltools", "onnx", "onnx-ir", "onnxscript", "executorch")
+_RECORDED = (
+    *("torch", "numpy", "coremltools"),
+    *("onnx", "onnx-ir", "onnxscript", "onnxruntime"),
+    "executorch",
+)
 """Packages whose versions decide an artifact's bytes, where they are installed."""
 
 

@@ -17,6 +17,9 @@ from dkm_export.errors import InvalidInput, Unsupported
 _FATAL = 4
 """Severity above which ONNX Runtime logs; errors arrive as exceptions anyway."""
 
+_UNVERIFIED = "ORT model verification failed"
+"""Said of an ``.ort`` file with offsets that lead out of it; the status is a mere FAIL."""
+
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?")
 
 _LARGEST_FOLDED = "optimization.constant_folding_max_output_size_in_bytes"
@@ -35,19 +38,17 @@ class OnnxRuntime(Runtime):
     config: ClassVar[dict[str, str]] = {}
 
     def load(self, artifact: Path) -> Session:
-        """Open a session, which by default decodes all palettes once.
+        """Open a session, which by default decodes all palettes of an ``.onnx`` file once.
 
         Raises:
             Unsupported: for an operator, type or opset that this ONNX Runtime does not have.
             InvalidInput: when the file is missing or malformed.
         """
         import onnxruntime
-        from onnxruntime.capi.onnxruntime_pybind11_state import (
-            InvalidArgument,
-            InvalidProtobuf,
-            NoSuchFile,
-        )
+        from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, InvalidProtobuf
 
+        if not artifact.is_file():
+            raise InvalidInput(f"{artifact}: no such file")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL
         for key, value in self.config.items():
@@ -56,12 +57,23 @@ class OnnxRuntime(Runtime):
             session = onnxruntime.InferenceSession(
                 artifact, options, providers=["CPUExecutionProvider"]
             )
-        except (InvalidArgument, InvalidProtobuf, NoSuchFile) as error:
+        except (InvalidArgument, InvalidProtobuf) as error:
             raise InvalidInput(f"{artifact}: {_reason(error)}: export it again") from error
         except Exception as error:  # a class per status code, without a common base
+            if _UNVERIFIED in str(error):
+                reason = "malformed or cut short: export it again"
+                raise InvalidInput(f"{artifact}: {reason}") from error
             runtime = f"ONNX Runtime {onnxruntime.__version__}"
             raise Unsupported(f"{artifact}: {runtime} cannot run it: {_reason(error)}") from error
         return _OnnxSession(session)
+
+
+class OrtRuntime(OnnxRuntime):
+    """Runs ``.ort`` files, which ONNX Runtime takes as they are: it folds nothing at load."""
+
+    name = "onnxruntime-ort"
+    target = "ort"
+    where = "native CPU, weights decoded at each inference"
 
 
 class PackedOnnxRuntime(OnnxRuntime):

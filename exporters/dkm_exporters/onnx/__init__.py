@@ -31,7 +31,7 @@ class OnnxExporter(Exporter[OnnxOptions]):
             InvalidInput: with the input, the axis and what is allowed.
             Unsupported: with the layer, the value and the allowed values.
         """
-        options.require_fit(model.source)
+        options.require_fit(model.source, self.target)
         super().requires(model, options)
 
     def lower(
@@ -86,3 +86,10 @@ class OnnxExporter(Exporter[OnnxOptions]):
         from dkm_exporters.onnx.artifact import read_artifact
 
         return list(read_artifact(artifact).dense())
+
+    def notes(self, artifact: Path) -> list[str]:
+        """How much of the model the phones' execution providers could take, and what to avoid."""
+        from dkm_exporters.onnx.artifact import KEEP
+        from dkm_exporters.onnx.mobile import usability
+
+        return [usability(artifact), KEEP]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,11 @@ _LARGEST_FILE = 2**31 - 1
 _OUTSIDE_FROM = 1 << 10
 """Bytes from which on a tensor goes into the file beside a model that is too large for one."""
 
-_SIMPLIFIED: Final = "simplifiers such as onnxsim store weights dense again: keep the file as it is"
+KEEP: Final = (
+    "ship this file as it is: onnxsim and other simplifiers, and saving an optimized model, "
+    "put the weights back to full size"
+)
+"""What developers of an app have to know; a note in the model and in the report."""
 
 
 class Table(Frozen):
@@ -80,7 +84,7 @@ def write_artifact(
     table = Table(schema_version=1, layers=layers, dense=dict(dense), side_data=options.side_data)
     model.metadata_props[_KEY] = table.model_dump_json(exclude_defaults=True)
     model.producer_name, model.producer_version = "dkm-export", __version__
-    model.doc_string = f"Weights are palettes, decoded in the graph; {_SIMPLIFIED}."
+    model.doc_string = f"Weights are palettes, decoded in the graph: {KEEP}."
     NameFixPass()(model)
     weights = [value.const_value for value in model.graph.initializers.values()]
     outside = sum(weight.nbytes for weight in weights if weight is not None) > _LARGEST_FILE
@@ -103,11 +107,30 @@ def _drop_types(proto: onnx.ModelProto, palettes: Mapping[str, Palette]) -> None
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """What is read of a file: its table, and its initializers by name."""
+    """What is read of a file, ``.onnx`` or ``.ort``: its table, and its initializers by name."""
 
     path: Path
     table: Table
     initializers: Mapping[str, onnx.TensorProto]
+
+    @classmethod
+    def of(
+        cls, path: Path, metadata: Mapping[str, str], initializers: Mapping[str, onnx.TensorProto]
+    ) -> Self:
+        """Find the table among the metadata.
+
+        Raises:
+            InvalidInput: when it is not there or malformed.
+        """
+        if _KEY not in metadata:
+            raise InvalidInput(
+                f"{path}: has no '{_KEY}' metadata, so `dkm export` did not write it"
+            )
+        try:
+            table = Table.model_validate_json(metadata[_KEY])
+        except ValidationError as error:
+            raise InvalidInput(f"{path}: {explain(error, Table)}") from error
+        return cls(path, table, initializers)
 
     def palettes(self) -> dict[str, Palette]:
         """Decode and validate all palettes.
@@ -167,7 +190,7 @@ class Artifact:
 
     def _initializer(self, name: str) -> onnx.TensorProto:
         if name not in self.initializers:
-            raise InvalidInput(f"initializer '{name}' is missing; {_SIMPLIFIED}")
+            raise InvalidInput(f"initializer '{name}' is missing: {KEEP}")
         return self.initializers[name]
 
     def _array(self, name: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -210,7 +233,7 @@ class Artifact:
 
 
 def read_artifact(path: Path) -> Artifact:
-    """Parse a file that `write_artifact` wrote.
+    """Read a file that `write_artifact` wrote.
 
     Raises:
         InvalidInput: when the file is missing, truncated, malformed or of another tool.
@@ -226,10 +249,4 @@ def read_artifact(path: Path) -> Artifact:
         raise InvalidInput(f"{path}: not an ONNX file, or cut short") from error
     if len(initializers) < len(model.graph.initializer):
         raise InvalidInput(f"{path}: two initializers have the same name")
-    if _KEY not in metadata:
-        raise InvalidInput(f"{path}: has no '{_KEY}' metadata, so `dkm export` did not write it")
-    try:
-        table = Table.model_validate_json(metadata[_KEY])
-    except ValidationError as error:
-        raise InvalidInput(f"{path}: {explain(error, Table)}") from error
-    return Artifact(path, table, initializers)
+    return Artifact.of(path, metadata, initializers)

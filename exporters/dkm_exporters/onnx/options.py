@@ -35,14 +35,14 @@ class OnnxOptions(Frozen):
     side_data: Literal["fp32", "fp16"] = "fp32"
     dynamic_axes: dict[str, dict[Axis, Name]] = Field(default_factory=dict)
 
-    def require_fit(self, source: ModelSource) -> None:
+    def require_fit(self, source: ModelSource, target: str) -> None:
         """Refuse axes that the model does not have.
 
         Raises:
             InvalidInput: with the input, the axis and what is allowed.
         """
         for problem in self._problems(source):
-            raise InvalidInput(f"onnx: dynamic_axes: {problem}")
+            raise InvalidInput(f"{target}: dynamic_axes: {problem}")
 
     def _problems(self, source: ModelSource) -> Iterator[str]:
         inputs = {spec.name: spec for spec in source.inputs}

@@ -1,0 +1,83 @@
+"""ONNX Runtime's own format, for its reduced mobile builds, with weights that stay packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from dkm_export.exporting import DenseTensor, Exporter
+from dkm_exporters.onnx import OnnxExporter, OnnxOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dkm_export.palette import Palette
+    from dkm_export.palettized import PalettizedModel
+
+
+class OrtExporter(Exporter[OnnxOptions]):
+    """One ``.ort`` file, made from the ``.onnx`` file; beside it, the operators that it needs."""
+
+    target = "ort"
+    suffix = ".ort"
+    packages = (*OnnxExporter.packages, "onnxruntime", "flatbuffers")
+    capabilities = OnnxExporter.capabilities
+    options = OnnxOptions
+
+    def requires(self, model: PalettizedModel, options: OnnxOptions) -> None:
+        """Refuse, before any work, axes that the model does not have.
+
+        Raises:
+            InvalidInput: with the input, the axis and what is allowed.
+            Unsupported: with the layer, the value and the allowed values.
+        """
+        options.require_fit(model.source, self.target)
+        super().requires(model, options)
+
+    def lower(
+        self, model: PalettizedModel, module: nn.Module, folder: Path, options: OnnxOptions
+    ) -> Path:
+        """Write ``<name>.ort`` and ``<name>.required_operators_and_types.config``.
+
+        Raises:
+            Unsupported: what `OnnxExporter.lower` raises.
+            InvalidInput: likewise.
+        """
+        from dkm_exporters.onnx.ort_format import convert, write_required_operators
+
+        path = folder / f"{model.source.name}{self.suffix}"
+        with TemporaryDirectory() as temporary:
+            convert(OnnxExporter().lower(model, module, Path(temporary), options), path)
+        write_required_operators(path, _required_operators(path))
+        return path
+
+    def files(self, artifact: Path) -> list[Path]:
+        """The artifact and, where it is there, the list of operators, which no app has to ship."""
+        beside = _required_operators(artifact)
+        return [artifact, beside] if beside.exists() else [artifact]
+
+    def read_palettes(self, artifact: Path) -> dict[str, Palette]:
+        """Decode every palette, with the ``scale`` that a folded batch norm left.
+
+        Raises:
+            InvalidInput: when the file is missing, truncated, malformed or contradicts itself.
+        """
+        from dkm_exporters.onnx.ort_format import read_artifact
+
+        return read_artifact(artifact).palettes()
+
+    def read_dense(self, artifact: Path) -> list[DenseTensor]:
+        """Every initializer that is no palette.
+
+        Raises:
+            InvalidInput: when the file is missing, truncated or malformed.
+        """
+        from dkm_exporters.onnx.ort_format import read_artifact
+
+        return list(read_artifact(artifact).dense())
+
+
+def _required_operators(artifact: Path) -> Path:
+    """The name that ONNX Runtime's own converter gives."""
+    return artifact.with_suffix(".required_operators_and_types.config")
