@@ -122,10 +122,14 @@ KINDS: Mapping[str, tuple[str, Callable[[], nn.Module]]] = {
     "depthwise": ("image", lambda: nn.Conv2d(32, 64, 3, groups=32)),
     "transposed": ("image", lambda: nn.ConvTranspose2d(32, 16, 3, 2)),
     "linear": ("row", lambda: nn.Linear(128, 256)),
-    "embedding": ("tokens", lambda: nn.Embedding(256, 64)),
+    # something has to follow: what is an output itself is not looked up by rows
+    "embedding": ("tokens", lambda: nn.Sequential(nn.Embedding(256, 64), nn.Tanh())),
     "tied": ("tokens", Tied),
 }
 """By name: the input, and what makes the layer."""
+
+WEIGHTS = {"embedding": "0.weight", "tied": "embedding.weight"}
+"""By kind: the name of its weight, where it is another than ``weight``."""
 
 
 class Gallery(nn.Module):
@@ -156,7 +160,7 @@ def gallery(bits: int) -> PalettizedModel:
     state = module.state_dict()
     palettes, ties = {}, {}
     for name, kind, dim, groups in _members():
-        weight = f"layers.{name}.{'embedding.' if kind == 'tied' else ''}weight"
+        weight = f"layers.{name}.{WEIGHTS.get(kind, 'weight')}"
         if kind == "tied":
             ties[f"layers.{name}.head.weight"] = weight
         layout = Layout(tuple(state[weight].shape), dim=dim, groups=groups)
