@@ -8,7 +8,7 @@ or 8 bits is a single field, and its packing is that of `dkm_export.palette.pack
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,26 +39,31 @@ def fields(bits: int) -> list[Field]:
     return [Field(width, bits & -(2 * width)) for width in widths]
 
 
-def pack_fields(indices: Bytes, bits: int) -> Bytes:
+def pack_fields(indices: Bytes | npt.NDArray[np.uint16], bits: int) -> Bytes:
     """Pack the last axis field by field into exactly ``ceil(n * bits / 8)`` bytes.
 
     Args:
         indices: ``[..., n]``.
-        bits: of an index.
+        bits: of an index, 1 to 16.
     """
-    codes = np.unpackbits(indices[..., None], axis=-1, count=bits, bitorder="little")
+    raw = indices.astype("<u2")[..., None].view(np.uint8)
+    codes = np.unpackbits(raw, axis=-1, count=bits, bitorder="little")
     start = (*indices.shape[:-1], -1)
     planes = [codes[..., shift : shift + width].reshape(start) for width, shift in fields(bits)]
     return np.packbits(np.concatenate(planes, axis=-1), axis=-1, bitorder="little")
 
 
-def unpack_fields(packed: Bytes, bits: int, count: int) -> Bytes:
-    """Inverse of `pack_fields`, from exactly as many bytes: ``[..., count]`` indices."""
+def unpack_fields(packed: Bytes, bits: int, count: int) -> npt.NDArray[Any]:
+    """Inverse of `pack_fields`, from exactly as many bytes.
+
+    Returns:
+        ``[..., count]`` indices, uint8, or uint16 where they have more than 8 bits.
+    """
     stream = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
     shape = (*packed.shape[:-1], count)
     planes = [
         stream[..., count * shift : count * (shift + width)].reshape(*shape, width)
         for width, shift in fields(bits)
     ]
-    codes = np.concatenate(planes, axis=-1)
-    return np.packbits(codes, axis=-1, bitorder="little").reshape(shape)
+    codes = np.packbits(np.concatenate(planes, axis=-1), axis=-1, bitorder="little")
+    return codes.view("<u2" if bits > 8 else np.uint8).reshape(shape)

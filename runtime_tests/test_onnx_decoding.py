@@ -19,6 +19,7 @@ from dkm_export.palette import MAX_DIM, Layout, Palette
 from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 from dkm_exporters.onnx.artifact import write_artifact
 from dkm_exporters.onnx.decoding import insert_decoders
+from dkm_exporters.onnx.packing import joined
 from dkm_exporters.onnx.tracing import trace
 from dkm_runtimes.onnxruntime import OnnxRuntime, PackedOnnxRuntime
 from tests.kinds import KINDS, Kinds
@@ -43,6 +44,13 @@ LAYOUTS = {
     "padded_rows": Layout((23, 16), dim=4),
     "widest": Layout((MAX_DIM, 300), dim=MAX_DIM),
     "one": Layout((1,)),
+    # large enough for a LUT of several vectors at once, whatever the bits
+    "large": Layout((96, 256)),
+    "large_groups": Layout((128, 512), groups=2),
+    "large_vectors": Layout((256, 128, 2, 2), dim=2),
+    "large_group_vectors": Layout((128, 512, 2, 2), dim=2, groups=2),
+    "large_rest": Layout((255, 128, 3, 3), dim=4),
+    "large_odd": Layout((151, 151)),
 }
 TABLES = {name: layout for name, layout in LAYOUTS.items() if len(layout.shape) == 2}
 """Layouts whose rows can be looked up."""
@@ -235,3 +243,12 @@ def test_every_kind_of_layer_computes_what_torch_computes(
             for output, reference in zip(outputs, expected, strict=True):
                 error = np.linalg.norm(output.astype(np.float64) - reference)
                 assert error <= 1e-5 * np.linalg.norm(reference.astype(np.float64))
+
+
+def test_large_layouts_are_looked_up_several_vectors_at_once() -> None:
+    """So the test above covers that, for every number of bits."""
+    for bits in range(1, 8):
+        found = {name for name, layout in LAYOUTS.items() if joined(bits, layout) > 1}
+        assert {name for name in LAYOUTS if name.startswith("large")} - {"large_odd"} <= found
+        assert "large_odd" not in found
+        assert "uneven" not in found

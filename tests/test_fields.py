@@ -9,6 +9,14 @@ from dkm_export.fields import fields, pack_fields, unpack_fields
 from dkm_export.palette import pack, packed_size
 
 
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_more_bits_than_a_byte_has(bits: int) -> None:
+    numbers = np.random.default_rng(0).integers(0, 1 << bits, 27, dtype=np.uint16)
+    packed = pack_fields(numbers, bits)
+    assert packed.size == packed_size(27, bits)
+    np.testing.assert_array_equal(unpack_fields(packed, bits, 27), numbers)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_fields_make_up_an_index(bits: int) -> None:
     parts = fields(bits)

@@ -26,11 +26,11 @@ from dkm_export import __version__
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
 from dkm_export.exporting import NO_WEIGHT, DenseTensor
-from dkm_export.fields import unpack_fields
 from dkm_export.palette import Layout, Palette, packed_size
 from dkm_export.spec import Frozen
 from dkm_export.validation import explain
 from dkm_exporters.onnx.options import OnnxOptions
+from dkm_exporters.onnx.packing import unpack_indices
 
 _KEY: Final = "dkm"
 _LARGEST_FILE = 2**31 - 1
@@ -176,7 +176,7 @@ class Artifact:
         shape = layout.index_shape if by_row else (layout.vectors,)
         packed_shape = (*shape[:-1], packed_size(shape[-1], bits))
         packed = self._array(f"{name}.indices", "u1", packed_shape)
-        return unpack_fields(packed, bits, shape[-1]).reshape(layout.index_shape)
+        return unpack_indices(packed, bits, layout)
 
     def _scale(self, name: str, layout: Layout) -> npt.NDArray[np.float32] | None:
         if f"{name}.scale" not in self.initializers:

@@ -3,8 +3,8 @@
 For a parameter ``conv.weight`` the graph holds the initializers
 
 - ``conv.weight.lut``: float16 ``[groups * 2**bits, dim]``,
-- ``conv.weight.indices``: uint8 ``[ceil(n * bits / 8)]``, packed by `pack_fields`; for a weight
-  whose rows are looked up and fill whole bytes, each row by itself: ``[rows, bytes of a row]``,
+- ``conv.weight.indices``: uint8 ``[ceil(n * bits / 8)]``, by `pack_indices`; for a weight whose
+  rows are looked up and fill whole bytes, each row by itself: ``[rows, bytes of a row]``,
 - ``conv.weight.scale``: float32 that broadcasts to the weight, where a batch norm was folded in,
 
 and shared constants ``dkm/...``. No operator or type is newer than opset 11. ONNX Runtime by
@@ -23,8 +23,9 @@ import numpy as np
 import onnx_ir as ir
 
 from dkm_export.errors import Unsupported
-from dkm_export.fields import Field, fields, pack_fields
-from dkm_export.palette import Layout, Palette, packed_size
+from dkm_export.fields import Field, fields
+from dkm_export.palette import Layout, Palette
+from dkm_exporters.onnx.packing import joined, pack_indices, rows_fill_bytes
 from dkm_exporters.onnx.placing import Called, Constants, Inline
 
 
@@ -53,7 +54,7 @@ def insert_decoders(
         names = [name, *(tie for tie, owner in ties.items() if owner == name)]
         dense = [graph.initializers.pop(n) for n in names if n in graph.initializers]
         lookups = [node for value in dense for node in _row_lookups(value, palette)]
-        by_row = bool(lookups) and _fills_bytes(palette)
+        by_row = bool(lookups) and rows_fill_bytes(palette.bits, palette.layout)
         stored = _store(constants, name, palette, by_row)
         for node in lookups:
             rows = _Decoder(place(constants, node.name or name), palette, stored).rows(node)
@@ -92,18 +93,11 @@ def _row_lookups(value: ir.Value, palette: Palette) -> list[ir.Node]:
     ]
 
 
-def _fills_bytes(palette: Palette) -> bool:
-    """Whether each field of a row of indices fills whole bytes."""
-    per_row = palette.layout.index_shape[1]
-    return all(per_row * field.width % 8 == 0 for field in fields(palette.bits))
-
-
 def _store(constants: Constants, name: str, palette: Palette, by_row: bool) -> dict[str, ir.Value]:
     """The initializers of a palette, by what they are."""
-    indices = palette.indices if by_row else palette.indices.reshape(-1)
     arrays: dict[str, Any] = {
         "lut": palette.lut.reshape(-1, palette.layout.dim),
-        "indices": pack_fields(indices, palette.bits),
+        "indices": pack_indices(palette.indices, palette.bits, palette.layout, by_row=by_row),
     }
     if palette.scale is not None:
         arrays["scale"] = palette.scale
@@ -132,11 +126,8 @@ class _Decoder:
         As few nodes as can be have its size: folding at load takes time and memory for each.
         """
         layout = self._layout
-        stream = self._cast(self._indices, ir.DataType.INT32)
-        if _by_byte(self._palette):
-            lut, numbers, each = *self._by_bytes(stream), 8 // self._palette.bits
-        else:
-            lut, numbers, each = self._lut, self._by_codes(stream), 1
+        each = 1 if self._per_row else joined(self._palette.bits, layout)
+        numbers, lut = self._numbers(each), self._lut if each == 1 else self._joint_lut(each)
         before, after = layout.shape[: layout.axis], layout.shape[layout.axis + 1 :]
         blocks = (math.prod(before), layout.index_shape[layout.axis], math.prod(after))
         turned = layout.dim > 1 and blocks[2] > 1
@@ -147,9 +138,6 @@ class _Decoder:
             vectors = self._node("Transpose", vectors, perm=perm)
         else:
             vectors = self._node("Gather", lut, numbers, axis=0)
-            if layout.vectors % each:
-                vectors = self._reshape(vectors, (-1, layout.dim))
-                vectors = self._slice(vectors, 0, layout.vectors)
             if turned:
                 vectors = self._reshape(vectors, (*blocks, layout.dim))
                 vectors = self._node("Transpose", vectors, perm=[0, 1, 3, 2])
@@ -158,6 +146,40 @@ class _Decoder:
             weight = self._node("Mul", weight, self._place.take(self._stored["scale"], "scale"))
         by_row = "_rows" if self._per_row else ""
         return self._place.finish(weight, f"LutDequantize_{_signature(self._palette)}{by_row}")
+
+    def _numbers(self, each: int) -> ir.Value:
+        """Rows of the LUT for ``each`` vectors at once: int32 of any shape."""
+        layout, bits = self._layout, self._palette.bits * each
+        stream = self._cast(self._indices, ir.DataType.INT32)
+        if self._per_row:
+            numbers = self._unpack(stream, bits, self._per_row, (layout.index_shape[0],))
+        else:
+            numbers = self._unpack(stream, bits, layout.vectors // each, ())
+        if layout.groups > 1:
+            numbers = self._offset(self._reshape(numbers, (layout.groups, 1, -1)), 1 << bits)
+        return numbers
+
+    def _joint_lut(self, each: int) -> ir.Value:
+        """The ``each`` vectors that every number stands for: ``[groups * numbers, each, dim]``."""
+        layout, bits = self._layout, self._palette.bits
+        count = 1 << (bits * each)
+
+        def codes(place: Inline) -> ir.Value:
+            """int32 ``[count, each]``: the indices in each number, lowest bits first."""
+            ends = [place.constant(np.array(n, np.int32)) for n in (0, count, 1)]
+            column = place.constant(np.array([-1, 1], np.int64))
+            numbers = place.node("Reshape", [place.node("Range", ends), column])
+            factors = place.constant(1 << np.arange(0, bits * each, bits, dtype=np.int32))
+            size = place.constant(np.array(1 << bits, np.int32))
+            return place.node("Mod", [place.node("Div", [numbers, factors]), size])
+
+        rows = self._place.once(f"dkm/indices/{bits}x{each}", codes)
+        if layout.groups > 1:
+            rows = self._offset(rows, 1 << bits)
+        lut = self._node("Gather", self._lut, rows, axis=0)
+        if layout.groups > 1:
+            lut = self._reshape(lut, (layout.groups * count, each, layout.dim))
+        return lut
 
     def rows(self, lookup: ir.Node) -> ir.Value:
         """What ``lookup``, a Gather of rows of the weight, would give."""
@@ -174,7 +196,8 @@ class _Decoder:
         row = self._node("Div", ids, self._integer(height)) if height > 1 else ids
         if self._per_row:
             stream = self._node("Gather", self._indices, row, axis=0)
-            codes = self._codes(self._cast(stream, ir.DataType.INT32), (0,) * rank)
+            stream = self._cast(stream, ir.DataType.INT32)
+            codes = self._unpack(stream, bits, self._per_row, (0,) * rank)
         else:
             codes = self._codes_at(row)
         if layout.groups > 1:
@@ -214,7 +237,7 @@ class _Decoder:
             entry = self._node(
                 "Mul", self._cast(packed, ir.DataType.INT64), self._integer(per_byte)
             )
-            table = self._reshape(self._place.table(field), (-1,))
+            table = self._reshape(self._table(field), (-1,))
             entry = self._node("Add", entry, within)
             parts.append(self._node("Gather", table, entry, axis=0))
         return self._sum(parts)
@@ -227,62 +250,45 @@ class _Decoder:
         last_axis = self._place.constant(np.array([-1], np.int64))
         return self._node("Add", codes, self._node("Unsqueeze", narrow, last_axis))
 
-    def _by_bytes(self, stream: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """A LUT of the ``8 / bits`` vectors that each byte stands for, and rows of it.
-
-        That is one lookup per byte instead of two per index.
-
-        Returns:
-            float32 ``[groups * 256, 8 / bits, dim]``, and int32 of any shape.
-        """
-        layout, bits = self._layout, self._palette.bits
-        (field,) = fields(bits)
-        rows = self._place.table(field)
-        if layout.groups > 1:
-            rows = self._offset(rows, 1 << bits)
-            stream = self._offset(self._reshape(stream, (layout.groups, 1, -1)), 256)
-        byte_lut = self._node("Gather", self._lut, rows, axis=0)
-        if layout.groups > 1:
-            byte_lut = self._reshape(byte_lut, (layout.groups * 256, 8 // bits, layout.dim))
-        return byte_lut, stream
-
-    def _by_codes(self, stream: ir.Value) -> ir.Value:
-        """Rows of the LUT, one for each vector: int32 of any shape."""
-        rows = (self._layout.index_shape[0],) if self._per_row else ()
-        codes = self._codes(stream, rows)
-        if self._layout.groups > 1:
-            codes = self._reshape(codes, (self._layout.groups, 1, -1))
-            codes = self._offset(codes, 1 << self._palette.bits)
-        return codes
-
-    def _codes(self, stream: ir.Value, start: tuple[int, ...]) -> ir.Value:
-        """The indices, put together from their fields.
+    def _unpack(self, stream: ir.Value, bits: int, count: int, start: tuple[int, ...]) -> ir.Value:
+        """int32 ``[*start, count]``: numbers of ``bits`` bits, put together from their fields.
 
         Args:
             stream: int32, of as many axes as ``start`` has entries, and one of bytes.
+            bits: of a number.
+            count: numbers in a row.
             start: first sizes to reshape to; 0 keeps an axis.
         """
-        count = self._per_row or self._layout.vectors
-        return self._sum(
-            [self._field(field, count, stream, start) for field in fields(self._palette.bits)]
-        )
+        return self._sum([self._field(field, bits, count, stream, start) for field in fields(bits)])
 
     def _field(
-        self, field: Field, count: int, stream: ir.Value, start: tuple[int, ...]
+        self, field: Field, bits: int, count: int, stream: ir.Value, start: tuple[int, ...]
     ) -> ir.Value:
-        """int32 ``[*start, count]``: one field of every index, at its place in the index."""
-        if field.width == 8:
-            return stream
+        """One field of every number, at its place in the number."""
         first, skipped = divmod(count * field.shift, 8)
         last = -(-count * (field.shift + field.width) // 8)
-        if field.width < self._palette.bits:
+        if field.width < bits:
             stream = self._slice(stream, first, last, len(start))
-        codes = self._node("Gather", self._place.table(field), stream, axis=0)
+        if field.width == 8:
+            return stream
+        codes = self._node("Gather", self._table(field), stream, axis=0)
         codes = self._reshape(codes, (*start, -1))
         if (last - first) * 8 > count * field.width:
             skip = skipped // field.width
             codes = self._slice(codes, skip, skip + count)
         return codes
+
+    def _table(self, field: Field) -> ir.Value:
+        """int32 ``[256, 8 / width]``: the fields in each byte, at their place in the number."""
+
+        def make(place: Inline) -> ir.Value:
+            table = place.node("Cast", [place.table(field.width)], to=ir.DataType.INT32)
+            if not field.shift:
+                return table
+            factor = place.constant(np.array(1 << field.shift, np.int32))
+            return place.node("Mul", [table, factor])
+
+        return self._place.once(f"dkm/table/{field.width}/{field.shift}", make)
 
     def _crop(self, vectors: ir.Value) -> ir.Value:
         """Vectors in the order of the weight, in its shape and without the padding."""
@@ -332,14 +338,6 @@ def _rank(value: ir.Value) -> int:
 def _is_by_row(stored: Mapping[str, ir.Value]) -> bool:
     """Whether each row of indices is packed by itself."""
     return _rank(stored["indices"]) > 1
-
-
-def _by_byte(palette: Palette) -> bool:
-    """Whether bytes can be looked up, and a LUT of all bytes is no larger than the weight."""
-    layout, bits = palette.layout, palette.bits
-    whole_bytes = layout.groups == 1 or layout.vectors // layout.groups * bits % 8 == 0
-    large = 256 * layout.groups <= packed_size(layout.vectors, bits)
-    return bits in (1, 2, 4) and whole_bytes and large
 
 
 def _signature(palette: Palette) -> str:

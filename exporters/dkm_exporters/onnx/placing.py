@@ -5,7 +5,7 @@ A decoder is written once, for an `Inline`; a `Called` is the same with a functi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -27,24 +27,18 @@ class Constants:
 
     def initializer(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
         """The initializer of this name, which is made when it is asked for first."""
-        if name not in self._values:
+
+        def make() -> ir.Value:
             value = ir.val(name, const_value=ir.tensor(array, name=name))
             self.model.graph.register_initializer(value)
-            self._values[name] = value
-        return self._values[name]
+            return value
 
-    def table(self, field: Field) -> ir.Value:
-        """`Field.table`, uint8."""
-        return self.initializer(f"dkm/table/{field.width}/{field.shift}", field.table())
+        return self.value(name, make)
 
-    def wide_table(self, field: Field) -> ir.Value:
-        """`Field.table` as int32, by a node of the model."""
-        name = f"dkm/table/{field.width}/{field.shift}/int32"
+    def value(self, name: str, make: Callable[[], ir.Value]) -> ir.Value:
+        """The value of this name, which is made when it is asked for first."""
         if name not in self._values:
-            node = ir.node("Cast", [self.table(field)], {"to": ir.DataType.INT32}, name="")
-            node.outputs[0].name = name
-            self.model.graph.append(node)
-            self._values[name] = node.outputs[0]
+            self._values[name] = make()
         return self._values[name]
 
 
@@ -63,9 +57,14 @@ class Inline:
         """A value of the model as it is called here; ``role`` says what it is to the decoder."""
         return value
 
-    def table(self, field: Field) -> ir.Value:
-        """`Field.table` as int32."""
-        return self._constants.wide_table(field)
+    def once(self, name: str, make: Callable[[Inline], ir.Value]) -> ir.Value:
+        """What ``make`` computes at the place that it is given, which several decoders share."""
+        return self._constants.value(name, lambda: make(Inline(self._constants, name)))
+
+    def table(self, width: int) -> ir.Value:
+        """uint8 ``[256, 8 / width]``: the fields of this width in each byte."""
+        table = self._constants.initializer(f"dkm/table/{width}", Field(width, 0).table())
+        return self.take(table, f"table_{width}")
 
     def constant(self, array: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> ir.Value:
         """A few integers, at most one axis of them longer than 1."""
@@ -100,9 +99,8 @@ class Called(Inline):
     def take(self, value: ir.Value, role: str) -> ir.Value:
         return self._inputs.setdefault(value, ir.val(role))
 
-    def table(self, field: Field) -> ir.Value:
-        table = self.take(self._constants.table(field), f"table_{field.width}_{field.shift}")
-        return self.node("Cast", [table], to=ir.DataType.INT32)
+    def once(self, name: str, make: Callable[[Inline], ir.Value]) -> ir.Value:
+        return make(self)
 
     def constant(self, array: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> ir.Value:
         return self.node("Constant", [], value=ir.tensor(array))

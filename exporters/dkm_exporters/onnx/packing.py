@@ -1,0 +1,63 @@
+"""How indices lie in an ``.onnx`` file.
+
+Looking up several vectors at once takes a fraction of the operators' time and memory. So a few
+indices that follow one another make one number, and it is numbers that `pack_fields` packs. For 1,
+2, 4 and 8 bits a number is a byte, and the packing that of `dkm_export.palette.pack`. Where rows of
+a weight are looked up, each row of indices is packed by itself, and an index is a number.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dkm_export.fields import fields, pack_fields, unpack_fields
+from dkm_export.palette import Layout, packed_size
+
+_JOINED: Final = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 7: 2, 8: 1}
+"""By bits, how many indices make a number: of 8, 10, 12 or 14 bits."""
+
+
+def joined(bits: int, layout: Layout) -> int:
+    """How many indices make a number, where rows are not looked up.
+
+    One, unless numbers come out even, and a LUT for all of them is no larger than the indices.
+    """
+    count = _JOINED[bits]
+    even = layout.vectors // layout.groups % count == 0
+    entries = layout.groups << (bits * count)
+    return count if even and entries <= packed_size(layout.vectors, bits) else 1
+
+
+def rows_fill_bytes(bits: int, layout: Layout) -> bool:
+    """Whether each field of a row of indices, of a weight with two axes, fills whole bytes."""
+    return all(layout.index_shape[1] * field.width % 8 == 0 for field in fields(bits))
+
+
+def pack_indices(
+    indices: npt.NDArray[np.uint8], bits: int, layout: Layout, *, by_row: bool
+) -> npt.NDArray[np.uint8]:
+    """Pack into exactly ``ceil(n * bits / 8)`` bytes, in one row or in ``[rows, ...]``."""
+    if by_row:
+        return pack_fields(indices, bits)
+    count = joined(bits, layout)
+    parts = indices.reshape(-1, count).astype(np.uint16) << _shifts(bits, count)
+    return pack_fields(np.bitwise_or.reduce(parts, axis=1), bits * count)
+
+
+def unpack_indices(
+    packed: npt.NDArray[np.uint8], bits: int, layout: Layout
+) -> npt.NDArray[np.uint8]:
+    """Inverse of `pack_indices`: uint8 of ``layout.index_shape``."""
+    if packed.ndim == 2:
+        return unpack_fields(packed, bits, layout.index_shape[1])
+    count = joined(bits, layout)
+    numbers = unpack_fields(packed, bits * count, layout.vectors // count)
+    codes: npt.NDArray[Any] = numbers[:, None] >> _shifts(bits, count) & ((1 << bits) - 1)
+    return codes.astype(np.uint8).reshape(layout.index_shape)
+
+
+def _shifts(bits: int, count: int) -> npt.NDArray[np.uint16]:
+    return np.arange(count, dtype=np.uint16) * np.uint16(bits)
