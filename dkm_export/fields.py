@@ -44,7 +44,7 @@ def pack_fields(indices: Bytes | npt.NDArray[np.uint16], bits: int) -> Bytes:
 
     Args:
         indices: ``[..., n]``.
-        bits: of an index, 1 to 16.
+        bits: of an index, 1 to 15.
     """
     raw = indices.astype("<u2")[..., None].view(np.uint8)
     codes = np.unpackbits(raw, axis=-1, count=bits, bitorder="little")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -116,6 +117,18 @@ def looking_up(palettes: Mapping[str, Palette], ids: ir.Value) -> ir.Model:
     return model_of(nodes, weights, [ids])
 
 
+def transposing(palettes: Mapping[str, Palette]) -> ir.Model:
+    """A graph without inputs that returns each weight transposed, twice."""
+    weights = dense(palettes)
+    nodes = {}
+    for name, value in weights.items():
+        for number in (1, 2):
+            node = ir.node("Transpose", [value], {"perm": [1, 0]}, name=f"{name}/{number}")
+            node.outputs[0].shape = ir.Shape(palettes[name].layout.shape[::-1])
+            nodes[f"out_{name}_{number}"] = node
+    return model_of(nodes, weights)
+
+
 def ways(artifact: Path, inputs: Mapping[str, Any]) -> Iterator[list[npt.NDArray[Any]]]:
     """The outputs with decoders folded, with weights packed, and without any optimization."""
     yield OnnxRuntime().load(artifact).run(inputs)
@@ -130,8 +143,9 @@ def written(
     model: ir.Model, palettes: Mapping[str, Palette], folder: Path, functions: bool
 ) -> Path:
     """The file of a model whose decoders are inserted here."""
-    insert_decoders(model, palettes, {"tied.weight": "embedding.weight"}, functions=functions)
-    write_artifact(model, palettes, folder / "model.onnx", OnnxOptions())
+    ties = {"tied.weight": "embedding.weight"}
+    turned = insert_decoders(model, palettes, ties, functions=functions)
+    write_artifact(model, palettes, folder / "model.onnx", OnnxOptions(), turned=turned)
     found = OnnxExporter().read_palettes(folder / "model.onnx")
     assert list(found) == list(palettes)
     for name, palette in palettes.items():
@@ -167,6 +181,23 @@ def test_looks_up_rows_bit_for_bit(
     for outputs in ways(artifact, {"ids": rows}):
         for output, (name, palette) in zip(outputs, palettes.items(), strict=True):
             assert output.tobytes() == palette.dense()[rows].tobytes(), name
+
+
+@pytest.mark.parametrize(("bits", "functions"), list(product(range(1, 9), FORMS)))
+def test_what_is_used_transposed_is_stored_transposed(
+    bits: int, functions: bool, tmp_path: Path
+) -> None:
+    palettes = {
+        name: random_palette(bits, layout, seed, scaled=seed % 2 == 0)
+        for seed, (name, layout) in enumerate(TABLES.items())
+    }
+    artifact = written(transposing(palettes), palettes, tmp_path, functions)
+    table = json.loads(onnx.load(artifact).metadata_props[0].value)
+    assert table["transposed"] == [n for n, p in palettes.items() if p.layout.groups == 1]
+    for outputs in ways(artifact, {}):
+        for index, (name, palette) in enumerate(palettes.items()):
+            for output in outputs[2 * index : 2 * index + 2]:
+                np.testing.assert_array_equal(output, palette.dense().T, name)
 
 
 def test_only_the_rows_that_are_looked_up_are_decoded(tmp_path: Path) -> None:

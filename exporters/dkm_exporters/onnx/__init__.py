@@ -55,11 +55,11 @@ class OnnxExporter(Exporter[OnnxOptions]):
         dense = dense_reasons(module, model.spec)
         palettes = fold_batch_norm(module, model.palettes, inputs, model.ties)
         graph = trace(module, inputs, model.source, options)
-        insert_decoders(graph, palettes, model.ties, functions=options.functions)
+        turned = insert_decoders(graph, palettes, model.ties, functions=options.functions)
         if options.side_data == "fp16":
             store_as_float16(graph.graph, module, palettes, model.source, inputs)
         path = folder / f"{model.source.name}{self.suffix}"
-        write_artifact(graph, palettes, path, options, dense)
+        write_artifact(graph, palettes, path, options, dense, turned)
         return path
 
     def files(self, artifact: Path) -> list[Path]:

@@ -8,7 +8,7 @@ named in `decoding`. What is too large for protobuf's 2 GB has its tensors in ``
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -30,7 +30,7 @@ from dkm_export.palette import Layout, Palette, packed_size
 from dkm_export.spec import Frozen
 from dkm_export.validation import explain
 from dkm_exporters.onnx.options import OnnxOptions
-from dkm_exporters.onnx.packing import unpack_indices
+from dkm_exporters.onnx.packing import transposed, unpack_indices
 
 _KEY: Final = "dkm"
 _LARGEST_FILE = 2**31 - 1
@@ -50,11 +50,13 @@ class Table(Frozen):
     Attributes:
         layers: each palette by parameter name.
         dense: by parameter name, why the weight of a layer has no palette.
+        transposed: parameters whose indices and scale are those of the transposed weight.
         side_data: type of what else is stored, see `OnnxOptions`.
     """
 
     schema_version: Literal[1]
     layers: dict[str, PaletteEntry]
+    transposed: tuple[str, ...] = ()
     dense: dict[str, str] = Field(default_factory=dict)
     side_data: Literal["fp32", "fp16"] = "fp32"
 
@@ -70,6 +72,7 @@ def write_artifact(
     path: Path,
     options: OnnxOptions,
     dense: Mapping[str, str] = {},
+    turned: Sequence[str] = (),
 ) -> None:
     """Write ``model``, whose weights are decoded from ``palettes``; same model, same bytes.
 
@@ -79,9 +82,16 @@ def write_artifact(
         path: of the file; tensors go into `data_file` when they are too many bytes for protobuf.
         options: settings of the target.
         dense: why weights of layers have no palette.
+        turned: names of the palettes that are stored transposed.
     """
     layers = {name: PaletteEntry.of(palette) for name, palette in palettes.items()}
-    table = Table(schema_version=1, layers=layers, dense=dict(dense), side_data=options.side_data)
+    table = Table(
+        schema_version=1,
+        layers=layers,
+        transposed=tuple(turned),
+        dense=dict(dense),
+        side_data=options.side_data,
+    )
     model.metadata_props[_KEY] = table.model_dump_json(exclude_defaults=True)
     model.producer_name, model.producer_version = "dkm-export", __version__
     model.doc_string = f"Weights are palettes, decoded in the graph: {KEEP}."
@@ -100,6 +110,7 @@ def write_artifact(
 def _drop_types(proto: onnx.ModelProto, palettes: Mapping[str, Palette]) -> None:
     """Remove the types of initializers and decoded weights, which their definitions tell."""
     known = {tensor.name for tensor in proto.graph.initializer} | palettes.keys()
+    known |= {f"{name}.T" for name in palettes}
     kept = [value for value in proto.graph.value_info if value.name not in known]
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(kept)
@@ -161,15 +172,21 @@ class Artifact:
 
     def _palette(self, name: str, entry: PaletteEntry) -> Palette:
         layout = entry.layout
+        turned = name in self.table.transposed
+        if turned:
+            if len(layout.shape) != 2 or layout.groups > 1:
+                raise InvalidInput("only weights with two axes and one LUT are stored transposed")
+            layout = Layout((layout.shape[1], layout.shape[0]), layout.dim, 1 - layout.axis)
         lut = self._array(f"{name}.lut", "<f2", (layout.groups << entry.bits, layout.dim))
         scale = self._scale(name, layout)
-        return Palette(
+        palette = Palette(
             entry.bits,
             layout,
             lut.reshape(layout.groups, -1, layout.dim),
             self._indices(name, entry.bits, layout),
             scale,
         )
+        return transposed(palette) if turned else palette
 
     def _indices(self, name: str, bits: int, layout: Layout) -> npt.NDArray[np.uint8]:
         by_row = len(self._initializer(f"{name}.indices").dims) == 2

@@ -16,7 +16,7 @@ inference: the vocabulary stays packed in RAM.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ import onnx_ir as ir
 from dkm_export.errors import Unsupported
 from dkm_export.fields import Field, fields
 from dkm_export.palette import Layout, Palette
-from dkm_exporters.onnx.packing import joined, pack_indices, rows_fill_bytes
+from dkm_exporters.onnx.packing import joined, pack_indices, rows_fill_bytes, transposed
 from dkm_exporters.onnx.placing import Called, Constants, Inline
 
 
@@ -35,7 +35,7 @@ def insert_decoders(
     ties: Mapping[str, str] = {},
     *,
     functions: bool = False,
-) -> None:
+) -> list[str]:
     """Replace the initializer of every palette by a subgraph that decodes it, in place.
 
     Args:
@@ -44,17 +44,25 @@ def insert_decoders(
         ties: other names of these parameters, each with its name in ``palettes``.
         functions: write decoders as functions that the graph calls.
 
+    Returns:
+        Names of the palettes that are stored transposed, see `transposed`.
+
     Raises:
         Unsupported: for a palette whose weight is not in the graph.
     """
     graph = model.graph
     constants = Constants(model)
     place = Called if functions else Inline
+    turned = []
     for name, palette in palettes.items():
         names = [name, *(tie for tie, owner in ties.items() if owner == name)]
         dense = [graph.initializers.pop(n) for n in names if n in graph.initializers]
         lookups = [node for value in dense for node in _row_lookups(value, palette)]
         by_row = bool(lookups) and rows_fill_bytes(palette.bits, palette.layout)
+        transposes = [] if lookups else _transposes(dense, palette)
+        if transposes:
+            palette = transposed(palette)
+            turned.append(name)
         stored = _store(constants, name, palette, by_row)
         for node in lookups:
             rows = _Decoder(place(constants, node.name or name), palette, stored).rows(node)
@@ -65,10 +73,12 @@ def insert_decoders(
         rest = [value for value in dense if value.uses()]
         if rest:
             weight = _Decoder(place(constants, name), palette, stored).weight()
-            weight.name = name
+            weight.name = f"{name}.T" if transposes else name
             weight.dtype, weight.shape = ir.DataType.FLOAT, ir.Shape(palette.layout.shape)
-            for value in rest:
-                value.replace_all_uses_with(weight)
+            for value in [node.outputs[0] for node in transposes] or rest:
+                value.replace_all_uses_with(weight, replace_graph_outputs=True)
+            for node in transposes:
+                graph.remove(node, safe=True)
         elif not lookups:
             raise Unsupported(
                 f"onnx: {name} is not used by the model: "
@@ -76,6 +86,19 @@ def insert_decoders(
             )
     # The sort is stable and places nodes late: each decoder right before its weight's first use.
     graph.sort()
+    return turned
+
+
+def _transposes(values: Sequence[ir.Value], palette: Palette) -> list[ir.Node]:
+    """The nodes that transpose a weight, if that is all that is done with it.
+
+    Linear layers multiply by the transposed weight. Indices that are transposed once, here, save
+    the node, which would be the most expensive one of the decoder.
+    """
+    nodes = [node for value in values for node, _ in value.uses()]
+    layout = palette.layout
+    alone = all(node.op_type == "Transpose" for node in nodes)
+    return nodes if alone and len(layout.shape) == 2 and layout.groups == 1 else []
 
 
 def _row_lookups(value: ir.Value, palette: Palette) -> list[ir.Node]:

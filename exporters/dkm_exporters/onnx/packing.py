@@ -3,7 +3,8 @@
 Looking up several vectors at once takes a fraction of the operators' time and memory. So a few
 indices that follow one another make one number, and it is numbers that `pack_fields` packs. For 1,
 2, 4 and 8 bits a number is a byte, and the packing that of `dkm_export.palette.pack`. Where rows of
-a weight are looked up, each row of indices is packed by itself, and an index is a number.
+a weight are looked up, each row of indices is packed by itself, and an index is a number. Where a
+weight is used transposed only, so are its indices.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dkm_export.fields import fields, pack_fields, unpack_fields
-from dkm_export.palette import Layout, packed_size
+from dkm_export.palette import Layout, Palette, packed_size
 
 _JOINED: Final = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 7: 2, 8: 1}
 """By bits, how many indices make a number: of 8, 10, 12 or 14 bits."""
@@ -57,6 +58,18 @@ def unpack_indices(
     numbers = unpack_fields(packed, bits * count, layout.vectors // count)
     codes: npt.NDArray[Any] = numbers[:, None] >> _shifts(bits, count) & ((1 << bits) - 1)
     return codes.astype(np.uint8).reshape(layout.index_shape)
+
+
+def transposed(palette: Palette) -> Palette:
+    """The palette of the transposed weight, which has two axes and one LUT; its own inverse."""
+    layout = palette.layout
+    return Palette(
+        palette.bits,
+        Layout((layout.shape[1], layout.shape[0]), layout.dim, 1 - layout.axis),
+        palette.lut,
+        np.ascontiguousarray(palette.indices.T),
+        None if palette.scale is None else np.ascontiguousarray(palette.scale.T),
+    )
 
 
 def _shifts(bits: int, count: int) -> npt.NDArray[np.uint16]:
