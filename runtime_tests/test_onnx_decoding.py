@@ -52,6 +52,7 @@ LAYOUTS = {
     "large_group_vectors": Layout((128, 512, 2, 2), dim=2, groups=2),
     "large_rest": Layout((255, 128, 3, 3), dim=4),
     "large_odd": Layout((151, 151)),
+    "large_rows": Layout((1024, 36)),
 }
 TABLES = {name: layout for name, layout in LAYOUTS.items() if len(layout.shape) == 2}
 """Layouts whose rows can be looked up."""

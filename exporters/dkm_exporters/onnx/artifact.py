@@ -189,11 +189,12 @@ class Artifact:
         return transposed(palette) if turned else palette
 
     def _indices(self, name: str, bits: int, layout: Layout) -> npt.NDArray[np.uint8]:
-        by_row = len(self._initializer(f"{name}.indices").dims) == 2
-        shape = layout.index_shape if by_row else (layout.vectors,)
-        packed_shape = (*shape[:-1], packed_size(shape[-1], bits))
-        packed = self._array(f"{name}.indices", "u1", packed_shape)
-        return unpack_indices(packed, bits, layout)
+        count, shape = layout.vectors, tuple(self._initializer(f"{name}.indices").dims)
+        expected: tuple[int, ...] = (packed_size(count, bits),)
+        if len(shape) == 2:
+            rows = layout.index_shape[0] if shape[0] == layout.index_shape[0] else 1
+            expected = (rows, packed_size(count // rows, bits))
+        return unpack_indices(self._array(f"{name}.indices", "u1", expected), bits, layout)
 
     def _scale(self, name: str, layout: Layout) -> npt.NDArray[np.float32] | None:
         if f"{name}.scale" not in self.initializers:

@@ -3,8 +3,7 @@
 For a parameter ``conv.weight`` the graph holds the initializers
 
 - ``conv.weight.lut``: float16 ``[groups * 2**bits, dim]``,
-- ``conv.weight.indices``: uint8 ``[ceil(n * bits / 8)]``, by `pack_indices`; for a weight whose
-  rows are looked up and fill whole bytes, each row by itself: ``[rows, bytes of a row]``,
+- ``conv.weight.indices``: uint8, ``ceil(n * bits / 8)`` bytes, by `pack_indices`,
 - ``conv.weight.scale``: float32 that broadcasts to the weight, where a batch norm was folded in,
 
 and shared constants ``dkm/...``. No operator or type is newer than opset 11. ONNX Runtime by
@@ -58,12 +57,11 @@ def insert_decoders(
         names = [name, *(tie for tie, owner in ties.items() if owner == name)]
         dense = [graph.initializers.pop(n) for n in names if n in graph.initializers]
         lookups = [node for value in dense for node in _row_lookups(value, palette)]
-        by_row = bool(lookups) and rows_fill_bytes(palette.bits, palette.layout)
         transposes = [] if lookups else _transposes(dense, palette)
         if transposes:
             palette = transposed(palette)
             turned.append(name)
-        stored = _store(constants, name, palette, by_row)
+        stored = _store(constants, name, palette, looked_up=bool(lookups))
         for node in lookups:
             rows = _Decoder(place(constants, node.name or name), palette, stored).rows(node)
             rows.name = node.outputs[0].name
@@ -116,11 +114,13 @@ def _row_lookups(value: ir.Value, palette: Palette) -> list[ir.Node]:
     ]
 
 
-def _store(constants: Constants, name: str, palette: Palette, by_row: bool) -> dict[str, ir.Value]:
+def _store(
+    constants: Constants, name: str, palette: Palette, *, looked_up: bool
+) -> dict[str, ir.Value]:
     """The initializers of a palette, by what they are."""
     arrays: dict[str, Any] = {
         "lut": palette.lut.reshape(-1, palette.layout.dim),
-        "indices": pack_indices(palette.indices, palette.bits, palette.layout, by_row=by_row),
+        "indices": pack_indices(palette.indices, palette.bits, palette.layout, looked_up=looked_up),
     }
     if palette.scale is not None:
         arrays["scale"] = palette.scale
@@ -141,7 +141,12 @@ class _Decoder:
         self._lut = self._cast(place.take(stored["lut"], "lut"), ir.DataType.FLOAT)
         self._indices = place.take(stored["indices"], "indices")
         self._stored = stored
-        self._per_row = palette.layout.index_shape[1] if _is_by_row(stored) else 0
+        shape = stored["indices"].shape
+        assert shape is not None
+        # how many rows the packed indices have, where rows of them are looked up
+        rows = shape[0] if len(shape) == 2 else 0
+        assert isinstance(rows, int)
+        self._rows = rows
 
     def weight(self) -> ir.Value:
         """The whole weight, float32.
@@ -149,7 +154,7 @@ class _Decoder:
         As few nodes as can be have its size: folding at load takes time and memory for each.
         """
         layout = self._layout
-        each = 1 if self._per_row else joined(self._palette.bits, layout)
+        each = 1 if self._rows else joined(self._palette.bits, layout)
         numbers, lut = self._numbers(each), self._lut if each == 1 else self._joint_lut(each)
         before, after = layout.shape[: layout.axis], layout.shape[layout.axis + 1 :]
         blocks = (math.prod(before), layout.index_shape[layout.axis], math.prod(after))
@@ -167,15 +172,15 @@ class _Decoder:
         weight = self._crop(vectors)
         if self._palette.scale is not None:
             weight = self._node("Mul", weight, self._place.take(self._stored["scale"], "scale"))
-        by_row = "_rows" if self._per_row else ""
-        return self._place.finish(weight, f"LutDequantize_{_signature(self._palette)}{by_row}")
+        rows = "_rows" if self._rows else ""
+        return self._place.finish(weight, f"LutDequantize_{_signature(self._palette)}{rows}")
 
     def _numbers(self, each: int) -> ir.Value:
         """Rows of the LUT for ``each`` vectors at once: int32 of any shape."""
         layout, bits = self._layout, self._palette.bits * each
         stream = self._cast(self._indices, ir.DataType.INT32)
-        if self._per_row:
-            numbers = self._unpack(stream, bits, self._per_row, (layout.index_shape[0],))
+        if self._rows:
+            numbers = self._unpack(stream, bits, layout.vectors // self._rows, (self._rows,))
         else:
             numbers = self._unpack(stream, bits, layout.vectors // each, ())
         if layout.groups > 1:
@@ -217,10 +222,10 @@ class _Decoder:
         # Along axis 0, a row of indices stands for ``dim`` rows of the weight.
         height = layout.dim if layout.axis == 0 else 1
         row = self._node("Div", ids, self._integer(height)) if height > 1 else ids
-        if self._per_row:
+        if rows_fill_bytes(bits, layout):
             stream = self._node("Gather", self._indices, row, axis=0)
             stream = self._cast(stream, ir.DataType.INT32)
-            codes = self._unpack(stream, bits, self._per_row, (0,) * rank)
+            codes = self._unpack(stream, bits, layout.index_shape[1], (0,) * rank)
         else:
             codes = self._codes_at(row)
         if layout.groups > 1:
@@ -256,7 +261,9 @@ class _Decoder:
             at = self._node("Add", position, self._integer(start)) if start else position
             byte = self._node("Div", at, self._integer(per_byte))
             within = self._node("Sub", at, self._node("Mul", byte, self._integer(per_byte)))
-            packed = self._node("Gather", self._indices, byte, axis=0)
+            first_axis = self._place.constant(np.array([0], np.int64))
+            packed = self._node("Gather", self._indices, byte, axis=1)
+            packed = self._node("Squeeze", packed, first_axis)
             entry = self._node(
                 "Mul", self._cast(packed, ir.DataType.INT64), self._integer(per_byte)
             )
@@ -298,7 +305,7 @@ class _Decoder:
         codes = self._reshape(codes, (*start, -1))
         if (last - first) * 8 > count * field.width:
             skip = skipped // field.width
-            codes = self._slice(codes, skip, skip + count)
+            codes = self._slice(codes, skip, skip + count, len(start))
         return codes
 
     def _table(self, field: Field) -> ir.Value:
@@ -356,11 +363,6 @@ class _Decoder:
 def _rank(value: ir.Value) -> int:
     assert value.shape is not None
     return len(value.shape)
-
-
-def _is_by_row(stored: Mapping[str, ir.Value]) -> bool:
-    """Whether each row of indices is packed by itself."""
-    return _rank(stored["indices"]) > 1
 
 
 def _signature(palette: Palette) -> str:

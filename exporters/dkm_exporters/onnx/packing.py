@@ -3,8 +3,9 @@
 Looking up several vectors at once takes a fraction of the operators' time and memory. So a few
 indices that follow one another make one number, and it is numbers that `pack_fields` packs. For 1,
 2, 4 and 8 bits a number is a byte, and the packing that of `dkm_export.palette.pack`. Where rows of
-a weight are looked up, each row of indices is packed by itself, and an index is a number. Where a
-weight is used transposed only, so are its indices.
+a weight are looked up, an index is a number, and the bytes have two axes: each row of indices is
+packed by itself if it fills whole bytes, or else all are one row. Where a weight is used transposed
+only, so are its indices.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ def rows_fill_bytes(bits: int, layout: Layout) -> bool:
 
 
 def pack_indices(
-    indices: npt.NDArray[np.uint8], bits: int, layout: Layout, *, by_row: bool
+    indices: npt.NDArray[np.uint8], bits: int, layout: Layout, *, looked_up: bool
 ) -> npt.NDArray[np.uint8]:
-    """Pack into exactly ``ceil(n * bits / 8)`` bytes, in one row or in ``[rows, ...]``."""
-    if by_row:
-        return pack_fields(indices, bits)
+    """Pack into exactly ``ceil(n * bits / 8)`` bytes, ``[rows, ...]`` where rows are looked up."""
+    if looked_up:
+        rows = layout.index_shape[0] if rows_fill_bytes(bits, layout) else 1
+        return pack_fields(indices.reshape(rows, -1), bits)
     count = joined(bits, layout)
     parts = indices.reshape(-1, count).astype(np.uint16) << _shifts(bits, count)
     return pack_fields(np.bitwise_or.reduce(parts, axis=1), bits * count)
@@ -52,11 +54,13 @@ def unpack_indices(
     packed: npt.NDArray[np.uint8], bits: int, layout: Layout
 ) -> npt.NDArray[np.uint8]:
     """Inverse of `pack_indices`: uint8 of ``layout.index_shape``."""
+    codes: npt.NDArray[Any]
     if packed.ndim == 2:
-        return unpack_fields(packed, bits, layout.index_shape[1])
+        codes = unpack_fields(packed, bits, layout.vectors // len(packed))
+        return codes.reshape(layout.index_shape)
     count = joined(bits, layout)
     numbers = unpack_fields(packed, bits * count, layout.vectors // count)
-    codes: npt.NDArray[Any] = numbers[:, None] >> _shifts(bits, count) & ((1 << bits) - 1)
+    codes = numbers[:, None] >> _shifts(bits, count) & ((1 << bits) - 1)
     return codes.astype(np.uint8).reshape(layout.index_shape)
 
 
