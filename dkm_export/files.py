@@ -50,17 +50,22 @@ def staged(
         yield new
         # Something may have appeared there in the meantime.
         require_replaceable(target, force=force, folder=folder, sources=sources)
-        try:
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
-        except BaseException:
-            # A folder cannot be replaced in one step: not even Ctrl-C may lose the old one.
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
+        put_in_place(new, target, old)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def put_in_place(new: Path, target: Path, old: Path) -> None:
+    """Rename ``new`` to ``target``, and what is there to ``old``; all on one file system."""
+    try:
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException:
+        # A folder cannot be replaced in one step: not even Ctrl-C may lose the old one.
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
 
 
 def require_replaceable(

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dkm_export.checkpoint import SUFFIX, find_checkpoint, load_checkpoint
-from dkm_export.errors import DkmError, InvalidInput, Unsupported
-from dkm_export.exporting.exporter import NO_WEIGHT, DenseTensor, Exporter
-from dkm_export.layers import dense_reasons
+from dkm_export.errors import InvalidInput, Unsupported
+from dkm_export.exporting.exporter import DenseTensor, Exporter
 from dkm_export.palette import Palette
 from dkm_export.palettized import PalettizedModel
 from dkm_export.plugins import EXPORTERS, discover
@@ -61,16 +60,10 @@ def inspect(path: Path, *, verbose: bool = False) -> Inspection:
 
 
 def _dense(model: PalettizedModel) -> list[DenseTensor]:
-    try:
-        reasons = dense_reasons(model.build(), model.spec)
-    except DkmError:  # the model's code need not be here
-        reasons = dict.fromkeys(model.dense, "")
+    """Without reasons: only the model's code could tell them, and to look at a file runs none."""
     return [
         DenseTensor(
-            name,
-            tuple(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
-            reasons.get(name, NO_WEIGHT),
+            name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.nbytes, ""
         )
         for name, tensor in model.dense.items()
     ]

@@ -137,17 +137,20 @@ def test_names_come_from_module_paths(model: PalettizedModel, artifact: Path) ->
     assert scaled == {"stem.0.weight.scale", "depthwise.weight.scale", "up.weight.scale"}
 
 
+@pytest.mark.parametrize("settings", [{}, {"side_data": "fp16", "functions": True}])
 def test_same_bytes_again_and_in_another_process(
-    model: PalettizedModel, artifact: Path, tmp_path: Path
+    settings: dict[str, Any], model: PalettizedModel, tmp_path: Path
 ) -> None:
-    assert lower(model, tmp_path).read_bytes() == artifact.read_bytes()
+    options = OnnxOptions.model_validate(settings)
+    artifact = OnnxExporter().lower(model, model.build(), tmp_path, options)
     save_checkpoint(model, tmp_path / "model.dkm.safetensors")
-    script = """
+    script = f"""
 from pathlib import Path
 from dkm_export.checkpoint import load_checkpoint
 from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 model = load_checkpoint(Path("model.dkm.safetensors"))
-OnnxExporter().lower(model, model.build(), Path("elsewhere"), OnnxOptions())
+options = OnnxOptions.model_validate({settings!r})
+OnnxExporter().lower(model, model.build(), Path("elsewhere"), options)
 """
     (tmp_path / "elsewhere").mkdir()
     subprocess.run(

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dkm_export.files import files_below
+from dkm_export.errors import Unsupported
+from dkm_export.files import files_below, put_in_place
 
 _RECEIPT = "dkm-export.json"
 
@@ -40,8 +41,8 @@ class Installation:
         full disk or a cleaner of caches left; their hashes were the downloader's to verify.
         """
         try:
-            sizes = json.loads((self.folder / _RECEIPT).read_bytes())
-        except (OSError, ValueError):
+            sizes = dict(json.loads((self.folder / _RECEIPT).read_bytes()))
+        except (OSError, TypeError, ValueError):
             return "damaged" if self.folder.exists() else "not installed"
         for name, size in sizes.items():
             file = self.folder / name
@@ -54,17 +55,25 @@ class Installation:
         """Yield an empty folder to fill, which replaces the installation at the end.
 
         When the body raises, nothing is left of it.
+
+        Raises:
+            Unsupported: when the cache cannot be written.
         """
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=self.folder.parent) as beside:
-            new = Path(beside, "new")
-            new.mkdir()
-            yield new
-            sizes = {str(file.relative_to(new)): file.stat().st_size for file in files_below(new)}
-            (new / _RECEIPT).write_text(json.dumps(sizes))
-            if self.folder.exists():
-                self.folder.rename(Path(beside, "old"))
-            new.rename(self.folder)
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=self.folder.parent) as beside:
+                new = Path(beside, "new")
+                new.mkdir()
+                yield new
+                files = {str(file.relative_to(new)): file for file in files_below(new)}
+                sizes = {name: file.stat().st_size for name, file in files.items()}
+                (new / _RECEIPT).write_text(json.dumps(sizes))
+                put_in_place(new, self.folder, Path(beside, "old"))
+        except OSError as error:
+            raise Unsupported(
+                f"{self.name}: cannot write {self.folder.parent}: {error.strerror}: make room, or "
+                "set XDG_CACHE_HOME to another folder"
+            ) from error
 
     def remove(self) -> bool:
         """Delete all versions, and what a killed download left; returns whether there was any."""

@@ -20,7 +20,7 @@ class NumericClass(StrEnum):
     """How precisely a runtime computes an artifact, which decides the limits it is held to."""
 
     FP32 = "fp32"
-    FP16_STORED = "fp32, biases and norms stored as fp16"
+    FP16_STORED = "fp32-fp16-stored"
     FP16 = "fp16"
 
 

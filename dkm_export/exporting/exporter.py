@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, Generic, TypeVar
-
-import numpy as np
 
 from dkm_export.errors import Unsupported
 from dkm_export.files import files_below
@@ -70,19 +67,16 @@ class DenseTensor:
     Attributes:
         name: in the artifact; a parameter's own name where it is one.
         shape: its sizes.
-        dtype: its type, in numpy's words.
+        dtype: its type.
+        nbytes: that its values take.
         reason: why it has no palette, or an empty string where nothing tells.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    nbytes: int
     reason: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that its values take."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 NO_WEIGHT: Final = "no layer's weight"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -87,7 +87,7 @@ class PackedOnnxRuntime(OnnxRuntime):
         missing = super().unavailable()
         if missing:
             return missing
-        found = version("onnxruntime")
+        found = _version()
         if tuple(map(int, found.split(".")[:2])) < _LIMITED_FROM:
             return f"onnxruntime {found} folds weights of any size: install 1.27 or later"
         return None
@@ -101,6 +101,15 @@ class _OnnxSession(Session):
     def run(self, inputs: Arrays) -> list[npt.NDArray[Any]]:
         outputs: list[npt.NDArray[Any]] = self._session.run(None, dict(inputs))
         return outputs
+
+
+def _version() -> str:
+    try:
+        return version("onnxruntime")
+    except PackageNotFoundError:  # a package of another name, for GPUs
+        import onnxruntime
+
+        return str(onnxruntime.__version__)
 
 
 def _reason(error: Exception) -> str:

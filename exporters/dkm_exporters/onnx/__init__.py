@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dkm_export.exporting import Capabilities, DenseTensor, Exporter
 from dkm_exporters.onnx.options import OnnxOptions as OnnxOptions
+from dkm_exporters.onnx.options import data_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,8 +41,8 @@ class OnnxExporter(Exporter[OnnxOptions]):
         """Write ``<name>.onnx``; batch norms are folded into the palettes' scales first.
 
         Raises:
-            Unsupported: for an operator that ONNX cannot express, a palette that the model does
-                not use, or a file of more than 2 GB.
+            Unsupported: for an operator that ONNX cannot express, or a palette that the model does
+                not use.
             InvalidInput: when the model returns another number of outputs than its source names.
         """
         from dkm_export.folding import fold_batch_norm
@@ -64,7 +65,7 @@ class OnnxExporter(Exporter[OnnxOptions]):
 
     def files(self, artifact: Path) -> list[Path]:
         """The file, and the tensors beside it when it is too large for one file."""
-        beside = artifact.with_name(f"{artifact.name}.data")
+        beside = data_file(artifact)
         return [artifact, beside] if beside.is_file() else [artifact]
 
     def read_palettes(self, artifact: Path) -> dict[str, Palette]:

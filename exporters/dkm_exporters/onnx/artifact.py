@@ -26,14 +26,15 @@ from dkm_export import __version__
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
 from dkm_export.exporting import NO_WEIGHT, DenseTensor
-from dkm_export.palette import Layout, Palette, packed_size
+from dkm_export.palette import Layout, Palette, lut_size, packed_size
 from dkm_export.spec import Frozen
 from dkm_export.validation import explain
-from dkm_exporters.onnx.options import OnnxOptions
+from dkm_exporters.onnx.options import OnnxOptions, data_file
 from dkm_exporters.onnx.packing import transposed, unpack_indices
 
 _KEY: Final = "dkm"
-_LARGEST_FILE = 2**31 - 1
+_LARGEST_FILE = 2**31 - 2**26
+"""Bytes of tensors: protobuf's limit, less some for the graph."""
 _OUTSIDE_FROM = 1 << 10
 """Bytes from which on a tensor goes into the file beside a model that is too large for one."""
 
@@ -59,11 +60,6 @@ class Table(Frozen):
     transposed: tuple[str, ...] = ()
     dense: dict[str, str] = Field(default_factory=dict)
     side_data: Literal["fp32", "fp16"] = "fp32"
-
-
-def data_file(path: Path) -> Path:
-    """Where the tensors of a file are that is too large for protobuf."""
-    return path.with_name(f"{path.name}.data")
 
 
 def write_artifact(
@@ -149,6 +145,7 @@ class Artifact:
         Raises:
             InvalidInput: when the file contradicts itself.
         """
+        self._require_bytes()
         palettes = {}
         for name, entry in self.table.layers.items():
             try:
@@ -168,7 +165,23 @@ class Artifact:
             except KeyError as error:
                 raise InvalidInput(f"{self.path}: initializer '{name}' has no type") from error
             reason = self.table.dense.get(name, NO_WEIGHT)
-            yield DenseTensor(name, tuple(tensor.dims), str(dtype), reason)
+            nbytes = math.prod(tensor.dims) * dtype.itemsize
+            yield DenseTensor(name, tuple(tensor.dims), str(dtype), nbytes, reason)
+
+    def _require_bytes(self) -> None:
+        """Refuse more palettes than bytes, where tensors beside the file could overlap."""
+        beside = data_file(self.path)
+        if not beside.is_file():
+            return
+        there, claimed = self.path.stat().st_size + beside.stat().st_size, 0
+        for name, entry in self.table.layers.items():
+            try:
+                layout = entry.layout
+            except InvalidInput as error:
+                raise InvalidInput(f"{self.path}: {name}: {error}") from error
+            claimed += packed_size(layout.vectors, entry.bits) + lut_size(layout, entry.bits)
+        if claimed > there:
+            raise InvalidInput(f"{self.path}: its palettes need {claimed} bytes, it has {there}")
 
     def _palette(self, name: str, entry: PaletteEntry) -> Palette:
         layout = entry.layout
@@ -200,10 +213,13 @@ class Artifact:
         if f"{name}.scale" not in self.initializers:
             return None
         # A factor per output channel: along axis 0 or, for a transposed convolution, axis 1.
-        dims = self._initializer(f"{name}.scale").dims
-        channels = next((axis for axis, size in enumerate(dims) if size != 1), 0)
-        shape = tuple(size if axis == channels else 1 for axis, size in enumerate(layout.shape))
+        dims = tuple(self._initializer(f"{name}.scale").dims)
+        fits = [
+            tuple(size if axis == channels else 1 for axis, size in enumerate(layout.shape))
+            for channels in range(len(layout.shape))
+        ]
         dtype = "<f2" if self.table.side_data == "fp16" else "<f4"
+        shape = dims if dims in fits else fits[0]
         return self._array(f"{name}.scale", dtype, shape).astype(np.float32)
 
     def _initializer(self, name: str) -> onnx.TensorProto:
@@ -237,7 +253,7 @@ class Artifact:
             raise InvalidInput(f"initializer '{tensor.name}' is not in {file.name}")
         try:
             offset, length = int(place.get("offset", "0")), int(place["length"])
-            if length != size or offset < 0:
+            if length != size or not 0 <= offset <= file.stat().st_size - size:
                 return b""
             with file.open("rb") as stream:
                 stream.seek(offset)

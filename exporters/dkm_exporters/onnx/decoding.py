@@ -6,7 +6,7 @@ For a parameter ``conv.weight`` the graph holds the initializers
 - ``conv.weight.indices``: uint8, ``ceil(n * bits / 8)`` bytes, by `pack_indices`,
 - ``conv.weight.scale``: float32 that broadcasts to the weight, where a batch norm was folded in,
 
-and shared constants ``dkm/...``. No operator or type is newer than opset 11. ONNX Runtime by
+and shared constants ``dkm/...``. No operator or type is newer than opset 13. ONNX Runtime by
 default folds the decoders when it loads the model, and then runs at the speed of dense weights.
 Where rows of a weight are looked up, as an embedding does, only these rows are decoded, at each
 inference: the vocabulary stays packed in RAM.
@@ -74,7 +74,7 @@ def insert_decoders(
             weight.name = f"{name}.T" if transposes else name
             weight.dtype, weight.shape = ir.DataType.FLOAT, ir.Shape(palette.layout.shape)
             for value in [node.outputs[0] for node in transposes] or rest:
-                value.replace_all_uses_with(weight, replace_graph_outputs=True)
+                value.replace_all_uses_with(weight)
             for node in transposes:
                 graph.remove(node, safe=True)
         elif not lookups:
@@ -95,7 +95,12 @@ def _transposes(values: Sequence[ir.Value], palette: Palette) -> list[ir.Node]:
     """
     nodes = [node for value in values for node, _ in value.uses()]
     layout = palette.layout
-    alone = all(node.op_type == "Transpose" for node in nodes)
+    alone = all(
+        node.op_type == "Transpose"
+        and node.attributes.get_ints("perm", [1, 0]) == [1, 0]
+        and not node.outputs[0].is_graph_output()
+        for node in nodes
+    )
     return nodes if alone and len(layout.shape) == 2 and layout.groups == 1 else []
 
 
@@ -221,8 +226,11 @@ class _Decoder:
             ids = self._cast(ids, ir.DataType.INT64)
         # Along axis 0, a row of indices stands for ``dim`` rows of the weight.
         height = layout.dim if layout.axis == 0 else 1
+        aligned = rows_fill_bytes(bits, layout)
+        if height > 1 or layout.groups > 1 or not aligned:
+            ids = self._count_from_start(ids)
         row = self._node("Div", ids, self._integer(height)) if height > 1 else ids
-        if rows_fill_bytes(bits, layout):
+        if aligned:
             stream = self._node("Gather", self._indices, row, axis=0)
             stream = self._cast(stream, ir.DataType.INT32)
             codes = self._unpack(stream, bits, layout.index_shape[1], (0,) * rank)
@@ -244,6 +252,12 @@ class _Decoder:
                 rows = self._slice(rows, 0, layout.shape[1], rank)
         kind = f"{rank}d_{given.dtype.name.lower()}"
         return self._place.finish(rows, f"LutGather_{_signature(self._palette)}_{kind}")
+
+    def _count_from_start(self, ids: ir.Value) -> ir.Value:
+        """Row numbers without negative ones, which Gather takes for rows from the end."""
+        negative = self._node("Less", ids, self._integer(0))
+        from_end = self._node("Add", ids, self._integer(self._layout.shape[0]))
+        return self._node("Where", negative, from_end, ids)
 
     def _codes_at(self, row: ir.Value) -> ir.Value:
         """The indices in rows that begin anywhere in a byte: int32 ``[..., indices of a row]``."""
@@ -334,8 +348,9 @@ class _Decoder:
 
     def _offset(self, numbers: ir.Value, step: int) -> ir.Value:
         """Add ``step`` for each group to row numbers that broadcast to ``[groups, 1, n]``."""
-        starts = np.arange(self._layout.groups, dtype=np.int32).reshape(-1, 1, 1) * np.int32(step)
-        return self._node("Add", numbers, self._place.constant(starts))
+        ends = [self._integer(n, np.int32) for n in (0, self._layout.groups * step, step)]
+        starts = self._reshape(self._node("Range", *ends), (-1, 1, 1))
+        return self._node("Add", numbers, starts)
 
     def _sum(self, parts: list[ir.Value]) -> ir.Value:
         total, *rest = parts

@@ -7,11 +7,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dkm_export.plugins import missing_packages
+from dkm_exporters.onnx.options import data_file
 
 
 def usability(artifact: Path) -> str:
     """The verdict for each of the phones' execution providers, or why there is none; one line."""
     reason = missing_packages(("onnxruntime",), "onnx")
+    if data_file(artifact).exists():
+        reason = "weights of more than 2 GB would have to be decoded for it"
     if reason is None:
         try:
             verdicts = ", ".join(_verdicts(artifact))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, StringConstraints
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 Axis = Annotated[int, Field(ge=0, le=7)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=100)]
+
+
+def data_file(artifact: Path) -> Path:
+    """Where the tensors of an ``.onnx`` file are that are too many for protobuf."""
+    return artifact.with_name(f"{artifact.name}.data")
 
 
 class OnnxOptions(Frozen):

@@ -55,7 +55,7 @@ class OrtExporter(Exporter[OnnxOptions]):
     def files(self, artifact: Path) -> list[Path]:
         """The artifact and, where it is there, the list of operators, which no app has to ship."""
         beside = _required_operators(artifact)
-        return [artifact, beside] if beside.exists() else [artifact]
+        return [artifact, beside] if beside.is_file() else [artifact]
 
     def read_palettes(self, artifact: Path) -> dict[str, Palette]:
         """Decode every palette, with the ``scale`` that a folded batch norm left.

@@ -25,7 +25,8 @@ _JOINED: Final = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 7: 2, 8: 1}
 def joined(bits: int, layout: Layout) -> int:
     """How many indices make a number, where rows are not looked up.
 
-    One, unless numbers come out even, and a LUT for all of them is no larger than the indices.
+    One, unless numbers come out even, and are not more than the bytes that the indices take: a LUT
+    of all of them has to be made for each weight.
     """
     count = _JOINED[bits]
     even = layout.vectors // layout.groups % count == 0

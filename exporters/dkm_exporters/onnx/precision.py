@@ -40,8 +40,8 @@ def store_as_float16(
         Unsupported: for a value that is too large for float16.
     """
     exact = run_reference(module, inputs, source)
-    scales = {f"{name}.scale" for name, palette in palettes.items() if palette.scale is not None}
-    for name in module.state_dict().keys() | scales:
+    scales = [f"{name}.scale" for name, palette in palettes.items() if palette.scale is not None]
+    for name in (*module.state_dict(), *scales):
         value = graph.initializers.get(name)
         if value is not None and value.dtype == ir.DataType.FLOAT:
             _round(graph, value, name)
@@ -49,11 +49,14 @@ def store_as_float16(
     _round_module(module, palettes)
     rounded = run_reference(module, inputs, source)
     for name, expected, actual in zip(source.outputs, exact, rounded, strict=True):
+        if not expected.is_floating_point():
+            continue
         error = float(torch.linalg.norm((actual - expected).double()))
-        relative = error / float(torch.linalg.norm(expected.double()))
+        size = float(torch.linalg.norm(expected.double()))
+        change = f"{error / size:.1e} (relative L2" if size else f"{error:.1e} (L2"
         warnings.warn(
-            f"onnx: float16 side data changes '{name}' by {relative:.1e} (relative L2, random "
-            "inputs): onnx.side_data=fp32 keeps it as it is",
+            f"onnx: float16 side data changes '{name}' by {change}, random inputs): side_data=fp32 "
+            "keeps it as it is",
             DkmWarning,
             stacklevel=2,
         )
@@ -67,7 +70,7 @@ def _round(graph: ir.Graph, value: ir.Value, name: str) -> None:
     if not np.isfinite(half).all():
         raise Unsupported(
             f"onnx: {name} holds {np.abs(exact).max():.3g}, float16 ends at 65504: "
-            "set onnx.side_data=fp32"
+            "set side_data=fp32"
         )
     graph.initializers.pop(name)
     stored = ir.val(name, const_value=ir.tensor(half, name=name))

@@ -26,6 +26,9 @@ _OWN_OPSET: Final = 18
 _FUNCTIONS_FROM: Final = 8
 """IR version that brought model-local functions. ONNX Runtime 1.16 takes up to version 9."""
 
+_SIZE = re.compile(r"\bs\d+\b")
+"""What torch calls a size that it does not know, in expressions too."""
+
 _OPERATOR = re.compile(r"call_function\[target=torch\.ops\.([\w.]+)\]")
 
 
@@ -97,22 +100,32 @@ def _name_axes(
 
     ``fixed`` has the sizes that torch calls by a name although they can be no other ones.
     """
-    names: dict[int | str | None, int | str | None] = {}
+    names: dict[str, str] = {}
     for value, spec in zip(graph.inputs, source.inputs, strict=True):
         for axis, name in options.dynamic_axes.get(spec.name, {}).items():
             assert value.shape is not None
             size = value.shape[axis]
-            if isinstance(size, int) or size.value in fixed:
-                only = size if isinstance(size, int) else fixed[str(size.value)]
+            if isinstance(size, int) or str(size) in fixed:
                 raise Unsupported(
-                    f"onnx: the model fixes axis {axis} of '{spec.name}' to {only}: "
-                    "leave it out of onnx.dynamic_axes, or change the model's code"
+                    f"onnx: the model fixes axis {axis} of '{spec.name}' to "
+                    f"{fixed.get(str(size), size)}: leave it out of dynamic_axes, or change the "
+                    "model's code"
                 )
-            names[size.value] = name
+            if names.setdefault(str(size), name) != name:
+                raise Unsupported(
+                    f"onnx: in the model '{names[str(size)]}' and '{name}' of dynamic_axes are "
+                    "always of the same size: give them the same name"
+                )
     for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         if value.shape is not None:
-            sizes = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
-            value.shape = ir.Shape([names.get(size, size) for size in sizes])
+            value.shape = ir.Shape(
+                [
+                    size
+                    if isinstance(size, int)
+                    else _SIZE.sub(lambda found: names.get(found[0], found[0]), str(size))
+                    for size in value.shape
+                ]
+            )
 
 
 def _takes_constants(node: ir.Node) -> bool:
@@ -131,7 +144,7 @@ def _convert_down(model: ir.Model, opset: int) -> None:
         if min(since) > opset:
             raise Unsupported(
                 f"onnx: opset {opset} has no {node.op_type} ({node.name}): "
-                f"set onnx.opset to {min(since)} or more"
+                f"set opset to {min(since)} or more"
             )
         # The converter would leave it behind where the older operator has no such attribute.
         if node.attributes.get_int("noop_with_empty_axes", 1) == 0:
@@ -140,7 +153,7 @@ def _convert_down(model: ir.Model, opset: int) -> None:
     if model.graph.opset_imports[""] != opset:
         raise Unsupported(
             f"onnx: the model's operators cannot be written in opset {opset}: "
-            f"leave onnx.opset at {_OWN_OPSET}, or a later one"
+            f"leave opset at {_OWN_OPSET}, or a later one"
         )
 
 
@@ -201,7 +214,7 @@ def _order_gelu(graph: ir.Graph) -> None:
     for half in graph:
         before = [value.producer() for value in half.inputs if value is not None]
         users = half.outputs[0].uses()
-        if half.op_type != "Mul" or len(users) != 1:
+        if half.op_type != "Mul" or len(users) != 1 or half.outputs[0].is_graph_output():
             continue
         ((after, position),) = users
         if (
@@ -213,6 +226,10 @@ def _order_gelu(graph: ir.Graph) -> None:
             )
         ):
             factor, x = half.inputs[0], after.inputs[1 - position]
+            assert factor is not None
+            number = ir.convenience.get_const_tensor(factor)
+            if number is None or number.numpy() != 0.5:
+                continue
             half.replace_input_with(0, x)
             after.replace_input_with(1 - position, factor)
 

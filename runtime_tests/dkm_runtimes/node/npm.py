@@ -12,6 +12,10 @@ from dkm_export.errors import Unsupported
 _ERROR = re.compile(r"^npm (?:error|ERR!) (?!code |errno |syscall |\s)(.+)", re.MULTILINE)
 
 
+_PATIENCE = 1800
+"""Seconds for a download of some 300 MB."""
+
+
 def missing_program(name: str) -> str | None:
     """Why ``name``, a program of Node.js, cannot be started, or None."""
     return None if shutil.which(name) else f"{name} is not on the PATH: install Node.js 20 or later"
@@ -39,15 +43,20 @@ def install(name: str, source: Path, folder: Path) -> None:
     assert npm is not None
     # onnxruntime-node has a script that downloads a library for CUDA
     options = ("--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1")
-    done = subprocess.run(
-        [npm, "ci", *options],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [npm, "ci", *options],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=_PATIENCE,
+        )
+    except subprocess.TimeoutExpired as error:
+        minutes = _PATIENCE // 60
+        raise Unsupported(f"{name}: npm has not finished within {minutes} minutes") from error
     if done.returncode:
         match = _ERROR.search(done.stderr)
         reason = match[1] if match else f"exit code {done.returncode}"

@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,12 @@ from dkm_export.errors import InvalidInput, Unsupported
 from dkm_runtimes.precision import numeric_class_of
 
 _RUNNER = Path(__file__).with_name("runner.mjs")
+
+
+_PATIENCE = 600
+"""Seconds that one inference may take; then the process is killed, which ends the wait."""
+
+_LONGEST_HEADER = 1 << 20
 
 
 class NodeError(Exception):
@@ -44,12 +51,15 @@ class NodeSession(Session):
         self._package = package
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 a pipe that nobody reads would fill up
         node = shutil.which("node") or "node"
-        self._process = subprocess.Popen(
-            [node, str(_RUNNER), package, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [node, str(_RUNNER), package, str(folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+            )
+        except OSError as error:
+            raise Unsupported(f"{package}: {node} does not start: {error.strerror}") from error
         weakref.finalize(self, _end, self._process, self._log)
         try:
             self._receive()
@@ -106,8 +116,16 @@ class NodeSession(Session):
 
     def _receive(self) -> dict[str, Any]:
         """The header of a reply; the bytes that it announces are still to be read."""
-        length = int.from_bytes(self._read(4), "little")
-        header: dict[str, Any] = json.loads(self._read(length))
+        watchdog = threading.Timer(_PATIENCE, self._process.kill)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            length = int.from_bytes(self._read(4), "little")
+            if length > _LONGEST_HEADER:
+                raise InvalidInput(f"{self._package}: something else writes to node's output")
+            header: dict[str, Any] = json.loads(self._read(length))
+        finally:
+            watchdog.cancel()
         if "error" in header:
             raise NodeError(" ".join(header["error"].split()))
         return header
