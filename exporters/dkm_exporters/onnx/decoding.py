@@ -97,7 +97,7 @@ def _transposes(values: Sequence[ir.Value], palette: Palette) -> list[ir.Node]:
     layout = palette.layout
     alone = all(
         node.op_type == "Transpose"
-        and node.attributes.get_ints("perm", [1, 0]) == [1, 0]
+        and tuple(node.attributes.get_ints("perm", (1, 0))) == (1, 0)
         and not node.outputs[0].is_graph_output()
         for node in nodes
     )
