@@ -137,7 +137,10 @@ def test_names_come_from_module_paths(model: PalettizedModel, artifact: Path) ->
     assert scaled == {"stem.0.weight.scale", "depthwise.weight.scale", "up.weight.scale"}
 
 
-@pytest.mark.parametrize("settings", [{}, {"side_data": "fp16", "functions": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"side_data": "fp16", "functions": True}, marks=pytest.mark.slow)],
+)
 def test_same_bytes_again_and_in_another_process(
     settings: dict[str, Any], model: PalettizedModel, tmp_path: Path
 ) -> None:
