@@ -93,12 +93,16 @@ def _names(values: list[str]) -> list[str]:
 
 def _print(report: Report, terminal: Terminal) -> None:
     runtimes = _merged(report.runtimes)
-    for owner, findings in report.model_copy(update={"runtimes": runtimes}).suites:
+    suites = report.model_copy(update={"runtimes": runtimes}).suites
+    width = max(len(owner) for owner, _ in suites)
+    for owner, findings in suites:
         for finding in findings:
-            terminal.print(f"{finding.status:<8} {owner:<17} {finding.check:<17} {finding.message}")
+            terminal.print(
+                f"{finding.status:<8} {owner:<{width}} {finding.check:<17} {finding.message}"
+            )
     for artifact in report.artifacts:
         for note in artifact.notes:
-            terminal.print(f"note     {artifact.target:<17} {note}")
+            terminal.print(f"note     {artifact.target:<{width}} {note}")
     terminal.print()
     metric = report.metric_name or "metric"
     pytorch = [_figure(report.metrics.get(name)) for name in ("fp32", "hard")]
