@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -458,3 +459,16 @@ def test_looking_at_a_checkpoint_runs_no_code_of_the_model(
     dense = json.loads(capsys.readouterr().out)["dense"]
     assert set(dense) == set(model.dense)
     assert {entry["reason"] for entry in dense.values()} == {""}
+
+
+def test_onnx_runtime_makes_one_node_of_gelu(tmp_path: Path) -> None:
+    """Which it does for one order of the factors only."""
+    rules = (LayerRule(bits=4),)
+    artifact = lower(palettize("tests.zoo:tokens", TOKENS, *rules), tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(artifact, options, providers=["CPUExecutionProvider"])
+    operators = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+    assert "Gelu" in operators
+    assert "Erf" not in operators
