@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dkm_export.exporting import Capabilities, DenseTensor, Exporter
 from dkm_exporters.onnx.options import OnnxOptions as OnnxOptions
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from dkm_export.palette import Palette
     from dkm_export.palettized import PalettizedModel
+    from dkm_exporters.onnx.artifact import Artifact
 
 
 class OnnxExporter(Exporter[OnnxOptions]):
@@ -21,7 +22,7 @@ class OnnxExporter(Exporter[OnnxOptions]):
 
     target = "onnx"
     suffix = ".onnx"
-    packages = ("onnx", "onnx_ir", "onnxscript")
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnx_ir", "onnxscript")
     capabilities = Capabilities()
     options = OnnxOptions
 
@@ -74,9 +75,7 @@ class OnnxExporter(Exporter[OnnxOptions]):
         Raises:
             InvalidInput: when the file is missing, truncated, malformed or contradicts itself.
         """
-        from dkm_exporters.onnx.artifact import read_artifact
-
-        return read_artifact(artifact).palettes()
+        return self._read(artifact).palettes()
 
     def read_dense(self, artifact: Path) -> list[DenseTensor]:
         """Every initializer that is no palette, scales of folded batch norms among them.
@@ -84,9 +83,12 @@ class OnnxExporter(Exporter[OnnxOptions]):
         Raises:
             InvalidInput: when the file is missing, truncated or malformed.
         """
+        return list(self._read(artifact).dense())
+
+    def _read(self, artifact: Path) -> Artifact:
         from dkm_exporters.onnx.artifact import read_artifact
 
-        return list(read_artifact(artifact).dense())
+        return read_artifact(artifact)
 
     def notes(self, artifact: Path) -> list[str]:
         """How much of the model the phones' execution providers could take, and what to avoid."""

@@ -6,34 +6,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from dkm_export.exporting import DenseTensor, Exporter
 from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from dkm_export.palette import Palette
     from dkm_export.palettized import PalettizedModel
+    from dkm_exporters.onnx.artifact import Artifact
 
 
-class OrtExporter(Exporter[OnnxOptions]):
+class OrtExporter(OnnxExporter):
     """One ``.ort`` file, made from the ``.onnx`` file; beside it, the operators that it needs."""
 
     target = "ort"
     suffix = ".ort"
     packages = (*OnnxExporter.packages, "onnxruntime", "flatbuffers")
-    capabilities = OnnxExporter.capabilities
-    options = OnnxOptions
-
-    def requires(self, model: PalettizedModel, options: OnnxOptions) -> None:
-        """Refuse, before any work, axes that the model does not have.
-
-        Raises:
-            InvalidInput: with the input, the axis and what is allowed.
-            Unsupported: with the layer, the value and the allowed values.
-        """
-        options.require_fit(model.source, self.target)
-        super().requires(model, options)
 
     def lower(
         self, model: PalettizedModel, module: nn.Module, folder: Path, options: OnnxOptions
@@ -57,25 +44,14 @@ class OrtExporter(Exporter[OnnxOptions]):
         beside = _required_operators(artifact)
         return [artifact, beside] if beside.is_file() else [artifact]
 
-    def read_palettes(self, artifact: Path) -> dict[str, Palette]:
-        """Decode every palette, with the ``scale`` that a folded batch norm left.
+    def notes(self, artifact: Path) -> list[str]:
+        """None: reduced builds have no execution providers, and no simplifier reads the format."""
+        return []
 
-        Raises:
-            InvalidInput: when the file is missing, truncated, malformed or contradicts itself.
-        """
+    def _read(self, artifact: Path) -> Artifact:
         from dkm_exporters.onnx.ort_format import read_artifact
 
-        return read_artifact(artifact).palettes()
-
-    def read_dense(self, artifact: Path) -> list[DenseTensor]:
-        """Every initializer that is no palette.
-
-        Raises:
-            InvalidInput: when the file is missing, truncated or malformed.
-        """
-        from dkm_exporters.onnx.ort_format import read_artifact
-
-        return list(read_artifact(artifact).dense())
+        return read_artifact(artifact)
 
 
 def _required_operators(artifact: Path) -> Path:
