@@ -41,7 +41,7 @@ class Limits(Frozen):
 LIMITS = {
     NumericClass.FP32: Limits(relative_l2=1e-5, rtol=1e-4, atol=1e-5, sqnr_db=100),
     # What rounding to 11 bits does to networks of up to a hundred layers, ours in the tests.
-    NumericClass.FP16_STORED: Limits(relative_l2=2e-3, rtol=1e-2, atol=2e-3, sqnr_db=54),
+    NumericClass.FP16_STORED: Limits(relative_l2=5e-3, rtol=1e-2, atol=5e-3, sqnr_db=46),
     # A placeholder until measured on devices; float16 weights alone stay well within it.
     NumericClass.FP16: Limits(relative_l2=1e-2, rtol=1e-2, atol=5e-3, sqnr_db=40),
 }
