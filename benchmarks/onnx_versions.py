@@ -33,17 +33,14 @@ from dkm_export import (
     LayerRule,
     ModelSource,
     PalettizedModel,
-    finalize,
-    prepare,
 )
 from dkm_export.checking.runtime import Runtime
 from dkm_export.errors import DkmError
 from dkm_export.palette import Layout, Palette
 from dkm_export.plugins import RUNTIMES, discover
 from dkm_export.quiet import quiet
-from dkm_export.references import build_module
 from dkm_exporters.onnx import OnnxExporter, OnnxOptions
-from tests.networks import FAMILIES
+from tests.networks import palettized
 
 REPORT = Path(__file__).with_suffix(".md")
 WORKER = str(Path(__file__).with_name("onnx_sessions.py"))
@@ -88,7 +85,7 @@ ELSEWHERE = ("onnxruntime-web", "onnxruntime-node")
 LARGEST_ERROR = 1e-5
 SAMPLES = 2
 NETWORKS = ("mobilenet_v1", "minilm", "vit")
-"""Keys of `FAMILIES`."""
+"""Keys of `tests.networks.FAMILIES`."""
 
 DIMS, GROUPS = (1, 2, 4, 8), (1, 4)
 INPUTS = {
@@ -176,21 +173,6 @@ def gallery(bits: int) -> PalettizedModel:
     dense = {name: state[name] for name in state.keys() - palettes.keys() - ties.keys()}
     spec = CompressionSpec(rules=(LayerRule(bits=bits),))
     return PalettizedModel(source, spec, palettes, dict(sorted(dense.items())), ties=ties)
-
-
-def network(name: str) -> PalettizedModel:
-    """One of `FAMILIES`, palettized without training."""
-    family = FAMILIES[name]
-    source = ModelSource(
-        name=name,
-        factory="tests.networks:make",
-        arguments={"name": name},
-        inputs=family.inputs,
-        outputs=family.outputs,
-    )
-    module = build_module(source.factory, source.arguments)
-    prepare(module, CompressionSpec(rules=(LayerRule(bits=4),), small_layer_size=0))
-    return finalize(module, source)
 
 
 def export(models: Sequence[PalettizedModel], folder: Path) -> dict[str, str]:
@@ -325,7 +307,7 @@ def main() -> int:
     all_bits, names = ((1, 3, 8), NETWORKS[-1:]) if options.quick else (range(1, 9), NETWORKS)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        models = [*(gallery(bits) for bits in all_bits), *map(network, names)]
+        models = [*(gallery(bits) for bits in all_bits), *(palettized(name, 4) for name in names)]
         files = export(models, Path(folder))
         for version in VERSIONS:
             try:

@@ -13,19 +13,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dkm_export import fold_before_training
 from dkm_export.checking.check import check
 from dkm_export.checkpoint import save_checkpoint
-from dkm_export.compress import finalize, prepare
 from dkm_export.errors import ExitCode, InvalidInput, Unsupported
 from dkm_export.exporting.export import export
-from dkm_export.palettized import BatchNorm, ModelSource, PalettizedModel
-from dkm_export.spec import CompressionSpec, LayerRule
+from dkm_export.palettized import BatchNorm, PalettizedModel
+from dkm_export.spec import LayerRule
 from dkm_exporters.coreml import CoreMLExporter, CoreMLOptions
 from dkm_exporters.coreml.package import Package
 from dkm_runtimes.coreml_reference import CoreMLReferenceRuntime
 from tests.kinds import KINDS, palettize_kinds
-from tests.networks import FAMILIES
+from tests.networks import FAMILIES, palettized
 from tests.zoo import IMAGE, TOKENS, palettize
 
 pytest.importorskip("coremltools")
@@ -110,20 +108,7 @@ def ways() -> Iterator[Any]:
 def test_every_family_passes_the_check(
     name: str, batch_norm: BatchNorm, precision: str, tmp_path: Path
 ) -> None:
-    family = FAMILIES[name]
-    source = ModelSource(
-        name=name,
-        factory="tests.networks:make",
-        arguments={"name": name},
-        inputs=family.inputs,
-        outputs=family.outputs,
-        batch_norm=batch_norm,
-    )
-    module = family.make()
-    if batch_norm == "fold-before-training":
-        fold_before_training(module, source.example_inputs())
-    prepare(module, CompressionSpec(rules=(LayerRule(bits=6),), small_layer_size=0))
-    save_checkpoint(finalize(module, source), tmp_path / "model.dkm.safetensors")
+    save_checkpoint(palettized(name, 6, batch_norm), tmp_path / "model.dkm.safetensors")
     settings = {"coreml": {"precision": precision}}
     export(tmp_path / "model.dkm.safetensors", ["coreml"], tmp_path / "out", settings=settings)
     report = check(tmp_path / "out", runtimes=["coreml-reference"])

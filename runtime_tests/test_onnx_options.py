@@ -27,7 +27,7 @@ from dkm_export.plugins import RUNTIMES, discover
 from dkm_export.spec import CompressionSpec, LayerRule
 from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 from dkm_runtimes.onnxruntime import OnnxRuntime, PackedOnnxRuntime
-from tests.networks import FAMILIES
+from tests.networks import FAMILIES, palettized
 from tests.zoo import IMAGE, TOKENS, lively, palettize
 
 IR_VERSIONS = {
@@ -50,20 +50,6 @@ def relative_l2(output: Any, reference: Tensor) -> float:
     return float(np.linalg.norm(output - exact) / np.linalg.norm(exact))
 
 
-def checkpoint_of(family: str, path: Path) -> None:
-    network = FAMILIES[family]
-    source = ModelSource(
-        name=family,
-        factory="tests.networks:make",
-        arguments={"name": family},
-        inputs=network.inputs,
-        outputs=network.outputs,
-    )
-    module = network.make()
-    prepare(module, CompressionSpec(rules=(LayerRule(bits=6),), small_layer_size=0))
-    save_checkpoint(finalize(module, source), path)
-
-
 def families() -> Iterator[Any]:
     """Each family with the settings as they are, with functions, and with float16 side data."""
     settings: tuple[dict[str, object], ...] = ({}, {"functions": True}, {"side_data": "fp16"})
@@ -79,7 +65,7 @@ def families() -> Iterator[Any]:
 def test_every_family_passes_the_check(
     name: str, settings: dict[str, object], tmp_path: Path
 ) -> None:
-    checkpoint_of(name, tmp_path / "model.dkm.safetensors")
+    save_checkpoint(palettized(name, 6), tmp_path / "model.dkm.safetensors")
     out = tmp_path / "out"
     export(tmp_path / "model.dkm.safetensors", ["onnx"], out, settings={"onnx": settings})
     report = check(out, runtimes=SESSIONS)
@@ -192,7 +178,7 @@ def test_a_dynamic_batch(convolutions: PalettizedModel, tmp_path: Path) -> None:
 
 
 def test_dynamic_sequences_of_two_inputs(tmp_path: Path) -> None:
-    checkpoint_of("minilm", tmp_path / "model.dkm.safetensors")
+    save_checkpoint(palettized("minilm", 6), tmp_path / "model.dkm.safetensors")
     axes = '{tokens = {0 = "batch", 1 = "sequence"}, mask = {0 = "batch", 1 = "sequence"}}'
     arguments = ["export", "--target", "onnx", str(tmp_path), "-o", str(tmp_path / "out")]
     assert main([*arguments, "--set", f"onnx.dynamic_axes={axes}"]) == 0
@@ -368,7 +354,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An export whose tensors lie beside the file, as if it were beyond protobuf's limit."""
     monkeypatch.setattr("dkm_exporters.onnx.artifact._LARGEST_FILE", 1000)
     monkeypatch.setattr("dkm_exporters.onnx.artifact._OUTSIDE_FROM", 100)
-    checkpoint_of("unet", tmp_path / "model.dkm.safetensors")
+    save_checkpoint(palettized("unet", 6), tmp_path / "model.dkm.safetensors")
     export(tmp_path / "model.dkm.safetensors", ["onnx"], tmp_path / "out")
     return tmp_path / "out/onnx/unet.onnx"
 

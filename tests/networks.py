@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dkm_export.palettized import InputSpec
+from dkm_export.compress import finalize, prepare
+from dkm_export.folding import fold_before_training
+from dkm_export.palettized import BatchNorm, InputSpec, ModelSource, PalettizedModel
+from dkm_export.spec import CompressionSpec, LayerRule
 from dkm_models.bert import sentence_encoder, text_classifier
 from dkm_models.mobilenet import mobilenet_v1_random, mobilenet_v2
 from dkm_models.resnet import resnet18, resnet50
@@ -213,3 +216,21 @@ FAMILIES = {
         lambda: lively(Recurrent(nn.GRU(12, 8, batch_first=True))), TOKENS, ("sequence", "last")
     ),
 }
+
+
+def palettized(name: str, bits: int, batch_norm: BatchNorm = "separate") -> PalettizedModel:
+    """A family's network with all its layers palettized, without training."""
+    family = FAMILIES[name]
+    source = ModelSource(
+        name=name,
+        factory="tests.networks:make",
+        arguments={"name": name},
+        inputs=family.inputs,
+        outputs=family.outputs,
+        batch_norm=batch_norm,
+    )
+    module = family.make()
+    if batch_norm == "fold-before-training":
+        fold_before_training(module, source.example_inputs())
+    prepare(module, CompressionSpec(rules=(LayerRule(bits=bits),), small_layer_size=0))
+    return finalize(module, source)
