@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dkm_export.errors import InvalidInput
@@ -35,6 +35,7 @@ def palettes(draw: st.DrawFn) -> Palette:
     return Palette(width, layout, lut, indices)
 
 
+@settings(deadline=None)
 @given(bits, st.integers(0, 200), st.randoms())
 def test_pack_is_exact_and_reversible(width: int, count: int, random: object) -> None:
     values = np.array([random.randrange(1 << width) for _ in range(count)], np.uint8)  # type: ignore[attr-defined]
@@ -53,6 +54,7 @@ def test_unpack_does_not_trust_the_count() -> None:
         unpack(np.zeros(8, np.uint8), 4, 10**12)
 
 
+@settings(deadline=None)
 @given(layouts())
 def test_layout_round_trip(layout: Layout) -> None:
     weight = torch.arange(layout.size, dtype=torch.float32).reshape(layout.shape)
@@ -63,6 +65,7 @@ def test_layout_round_trip(layout: Layout) -> None:
     assert torch.equal(layout.from_vectors(vectors), weight)
 
 
+@settings(deadline=None)
 @given(palettes())
 def test_dense_looks_up_every_index(palette: Palette) -> None:
     layout, dense = palette.layout, palette.dense()
@@ -76,6 +79,7 @@ def test_dense_looks_up_every_index(palette: Palette) -> None:
         assert dense[place] == np.float32(expected)
 
 
+@settings(deadline=None)
 @given(palettes())
 def test_nbytes_counts_indices_and_lut(palette: Palette) -> None:
     assert palette.nbytes == palette.packed.nbytes + palette.lut.nbytes
@@ -122,6 +126,7 @@ def test_palette_refuses_contradictions() -> None:
         Palette(2, layout, lut + np.float16(np.inf), indices)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from((1, 2, 4)), st.floats(-18, 8))
 def test_the_int8_grid(seed: int, dim: int, exponent: float) -> None:
     generator = np.random.default_rng(seed)
