@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dkm_export.checking.runtime import NumericClass
 from dkm_export.checkpoint import save_checkpoint
 from dkm_export.errors import InvalidInput, Unsupported
-from dkm_export.exporting import NoOptions
+from dkm_exporters.executorch import ExecuTorchOptions
 from dkm_export.fields import pack_fields
 from dkm_export.palette import MAX_BITS, MAX_DIM, Layout, Palette, packed_size
 from dkm_export.palettized import InputSpec, PalettizedModel
@@ -121,7 +121,7 @@ def volumes() -> nn.Module:
 
 
 def lower(model: PalettizedModel, folder: Path) -> Path:
-    return ExecuTorchExporter().lower(model, model.build(), folder, NoOptions())
+    return ExecuTorchExporter().lower(model, model.build(), folder, ExecuTorchOptions())
 
 
 def read(artifact: Path) -> dict[str, Palette]:
@@ -238,10 +238,10 @@ def test_same_bytes_in_another_process_and_folder(
         "import sys; sys.path.append(sys.argv[1])\n"
         "from pathlib import Path\n"
         "from dkm_export.checkpoint import load_checkpoint\n"
-        "from dkm_export.exporting import NoOptions\n"
+        "from dkm_exporters.executorch import ExecuTorchOptions\n"
         "from dkm_exporters.executorch import ExecuTorchExporter\n"
         "model = load_checkpoint(Path('model.dkm.safetensors'))\n"
-        "ExecuTorchExporter().lower(model, model.build(), Path('.'), NoOptions())"
+        "ExecuTorchExporter().lower(model, model.build(), Path('.'), ExecuTorchOptions())"
     )
     subprocess.run([sys.executable, "-c", script, str(REPOSITORY)], cwd=folder, check=True)
     assert (folder / original.name).read_bytes() == original.read_bytes()

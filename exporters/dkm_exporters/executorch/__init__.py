@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dkm_export.exporting import Capabilities, Exporter, NoOptions
+from dkm_export.exporting import Capabilities, Exporter
+from dkm_exporters.executorch.options import ExecuTorchOptions as ExecuTorchOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,17 +15,17 @@ if TYPE_CHECKING:
     from dkm_export.palettized import PalettizedModel
 
 
-class ExecuTorchExporter(Exporter[NoOptions]):
+class ExecuTorchExporter(Exporter[ExecuTorchOptions]):
     """One ``.pte`` file: float16 LUTs and packed indices, decoded to float32 before each use."""
 
     target = "executorch"
     suffix = ".pte"
     packages = ("executorch",)
     capabilities = Capabilities()
-    options = NoOptions
+    options = ExecuTorchOptions
 
     def lower(
-        self, model: PalettizedModel, module: nn.Module, folder: Path, options: NoOptions
+        self, model: PalettizedModel, module: nn.Module, folder: Path, options: ExecuTorchOptions
     ) -> Path:
         """Write ``<name>.pte``; batch norms are folded into the palettes' scales first.
 
@@ -36,7 +37,7 @@ class ExecuTorchExporter(Exporter[NoOptions]):
         from dkm_exporters.executorch.lowering import lower
 
         path = folder / f"{model.source.name}{self.suffix}"
-        path.write_bytes(lower(module, model))
+        path.write_bytes(lower(module, model, options))
         return path
 
     def read_palettes(self, artifact: Path) -> dict[str, Palette]:

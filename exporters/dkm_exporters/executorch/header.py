@@ -6,6 +6,7 @@ from typing import Literal
 
 from dkm_export.entry import PaletteEntry
 from dkm_export.spec import Frozen
+from dkm_exporters.executorch.options import Backend
 
 PALETTES_METHOD = "dkm_palettes"
 """Returns one string: a `Header` as JSON."""
@@ -18,11 +19,14 @@ class Header(Frozen):
     """The palettes of a program.
 
     Attributes:
+        backend: how weights are decoded, and by what.
         layers: by parameter name.
-        decodes: the parameter that each decode in ``forward`` is for, in the order in which the
-            instructions run; a layer that is called twice is decoded twice.
+        decodes: the parameters that each decode of the program is for, in the order in which its
+            instructions run. A layer that is called twice is decoded twice; layers with the same
+            weight are decoded at once.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
+    backend: Backend
     layers: dict[str, PaletteEntry]
-    decodes: tuple[str, ...]
+    decodes: tuple[tuple[str, ...], ...]

@@ -1,31 +1,56 @@
 """Runs what a program computes from constants alone, in numpy.
 
 Only the handful of operators that a decode consists of are known; whatever else an instruction
-computes is unknown, and so is the memory that it may have written to.
+computes is unknown, and so is the memory that it may have written to. Integer inputs count as
+known, so that rows of embeddings are looked up.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from executorch.exir.schema import Int, IntList, KernelCall, Tensor, TensorList
+from executorch.exir.schema import (
+    DelegateCall,
+    Int,
+    IntList,
+    KernelCall,
+    String,
+    Tensor,
+    TensorList,
+)
 
+from dkm_export.fields import Field
 from dkm_exporters.executorch.program import ProgramFile, tensor_dtype
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows taken from a uint8 constant that is none of the tables of `Field`: ``packed[rows]``."""
+
+    packed: Array
+    rows: Array
+
+
+@dataclass(frozen=True, eq=False)
 class Lookup:
-    """Vectors taken from a float16 constant: ``lut[rows]``."""
+    """Vectors taken from a float16 constant: ``lut[rows]``.
+
+    Attributes:
+        lut: the constant.
+        rows: which of its rows.
+        source: the packed rows that these numbers come from, or None.
+    """
 
     lut: Array
     rows: Array
+    source: Rows | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,20 +60,29 @@ class Value:
     Attributes:
         array: its data.
         half: the float16 constant that it is, or was converted from.
+        rows: the packed rows that its data comes from.
         lookup: where its data was looked up.
     """
 
     array: Array
     half: Array | None = None
+    rows: Rows | None = None
     lookup: Lookup | None = None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One instruction: the known ones among the tensors it takes, and the result, if known."""
+    """One instruction.
+
+    Attributes:
+        takes: the known ones among the tensors that it takes.
+        result: what it computes, if known.
+        delegate: index of the delegate that it calls, or None.
+    """
 
     takes: list[Value]
-    result: Value | None
+    result: Value | None = None
+    delegate: int | None = None
 
 
 class Interpreter:
@@ -58,13 +92,22 @@ class Interpreter:
         file: the program.
         method: name of the method.
         limit: bytes of results to remember; beyond that, the oldest become unknown.
+        below: what the values of integer inputs stay below; they count up to it and start again.
     """
 
-    def __init__(self, file: ProgramFile, method: str, limit: int) -> None:
+    def __init__(self, file: ProgramFile, method: str, limit: int, below: int) -> None:
         self._file = file
         self._plan = file.plan(method)
         self._limit = limit
         self._memory: dict[tuple[int, int], Value] = {}
+        for index in self._plan.inputs:
+            self._assume(self._plan.values[index].val, below)
+
+    def _assume(self, spec: Any, below: int) -> None:
+        dtype = tensor_dtype(spec) if isinstance(spec, Tensor) else None
+        if dtype in (np.int32, np.int64) and _nbytes(spec) <= self._limit:
+            values = np.arange(math.prod(spec.sizes), dtype=dtype) % below
+            self._remember(spec, Value(values.reshape(spec.sizes)))
 
     def steps(self) -> Iterator[Step]:
         """Run the instructions in order.
@@ -75,8 +118,17 @@ class Interpreter:
         """
         for chain in self._plan.chains:
             for instruction in chain.instructions:
-                if isinstance(instruction.instr_args, KernelCall):
-                    yield self._step(instruction.instr_args)
+                match instruction.instr_args:
+                    case KernelCall():
+                        yield self._step(instruction.instr_args)
+                    case DelegateCall(delegate_index=index, args=arguments):
+                        yield self._delegate(index, [self._plan.values[i].val for i in arguments])
+
+    def _delegate(self, index: int, specs: list[Any]) -> Step:
+        takes = [value for spec in specs if (value := self._argument(spec)) is not None]
+        for spec in specs:  # which of them are outputs is not said
+            self._forget(spec)
+        return Step([value for value in takes if isinstance(value, Value)], delegate=index)
 
     def _step(self, call: Any) -> Step:
         # An out variant takes its output last, and a second time as what it returns.
@@ -92,10 +144,12 @@ class Interpreter:
         return Step(takes, result)
 
     def _argument(self, spec: Any) -> Any:
-        """A Value, a number, a list of numbers, or None for all else."""
+        """A Value, a number, a text, a list of numbers, or None for all else."""
         match spec:
             case Int():
                 return spec.int_val
+            case String():
+                return spec.string_val
             case IntList():
                 return [self._plan.values[index].val.int_val for index in spec.items]
             case Tensor():
@@ -112,7 +166,7 @@ class Interpreter:
         if known.array.size != math.prod(tensor.sizes):
             return None
         # A view has no instruction: it is a tensor of another shape in the same place.
-        return Value(known.array.reshape(tensor.sizes), known.half, known.lookup)
+        return replace(known, array=known.array.reshape(tensor.sizes))
 
     def _evaluate(self, operator: str, arguments: list[Any], output: Any) -> Value | None:
         kernel = _KERNELS.get(operator)
@@ -128,10 +182,13 @@ class Interpreter:
             return None  # the arguments do not fit each other, or one of them is unknown
         first, *others = [x for x in arguments if isinstance(x, Value)]
         if operator == _EMBEDDING and first.half is not None:
-            return Value(array, lookup=Lookup(first.half, others[0].array))
+            return Value(array, lookup=Lookup(first.half, others[0].array, others[0].rows))
+        if operator == _EMBEDDING and _holds_packed_rows(first.array):
+            return Value(array, rows=Rows(first.array, others[0].array))
+        rows = [x.rows for x in (first, *others) if x.rows is not None]
         lookups = [x.lookup for x in (first, *others) if x.lookup is not None]
         half = first.half if operator == _CONVERT else None
-        return Value(array, half, lookups[0] if lookups else None)
+        return Value(array, half, rows[0] if rows else None, lookups[0] if lookups else None)
 
     def _remember(self, tensor: Any, value: Value) -> None:
         self._memory[_place(tensor)] = value
@@ -153,6 +210,15 @@ class Interpreter:
         if isinstance(spec, TensorList):
             return [self._plan.values[index].val for index in spec.items]
         return [spec] if isinstance(spec, Tensor) else []
+
+
+def _holds_packed_rows(table: Array) -> bool:
+    """Whether a table that is looked up has packed indices: all but those that take bytes apart."""
+    if table.dtype != np.uint8 or table.ndim != 2:
+        return False
+    width = 8 // table.shape[1] if table.shape[0] == 256 and table.shape[1] in (2, 4, 8) else 0
+    fields = [Field(width, shift) for shift in range(0, 8, width)] if width else []
+    return not any(np.array_equal(table, field.table()) for field in fields)
 
 
 def _place(tensor: Any) -> tuple[int, int]:
@@ -184,6 +250,26 @@ def _add(out: Array, left: Array, right: Array, alpha: int) -> None:
     np.add(left, right, out=out)
 
 
+def _multiply(out: Array, left: Array, right: Array) -> None:
+    np.multiply(left, right, out=out)
+
+
+def _divide(out: Array, left: Array, right: Array, rounding: str) -> None:
+    if rounding != "floor" or left.dtype.kind != "i" or not right.all():
+        raise ValueError("rounding")
+    np.floor_divide(left, right, out=out)
+
+
+def _remainder(out: Array, left: Array, divisor: int) -> None:
+    if left.dtype.kind != "i" or divisor < 1:
+        raise ValueError("divisor")
+    np.remainder(left, divisor, out=out)
+
+
+def _unsqueeze(out: Array, source: Array, axis: int) -> None:
+    np.copyto(out, np.expand_dims(source, axis), casting="no")
+
+
 def _permute(out: Array, source: Array, order: list[int]) -> None:
     np.copyto(out, source.transpose(order), casting="no")
 
@@ -199,6 +285,10 @@ _KERNELS: dict[str, Callable[..., None]] = {
     _EMBEDDING: _embedding,
     _CONVERT: _convert,
     "aten::add": _add,
+    "aten::mul": _multiply,
+    "aten::div": _divide,
+    "aten::remainder": _remainder,
+    "aten::unsqueeze_copy": _unsqueeze,
     "aten::permute_copy": _permute,
     "aten::slice_copy": _slice,
 }

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from executorch.exir import to_edge
+from executorch.exir import EdgeProgramManager, to_edge
+from executorch.exir.dialects._ops import ops as edge_ops
 from executorch.runtime import Runtime
-from torch import nn
-from torch.export import ExportedProgram
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
 
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.folding import fold_batch_norm
+from dkm_export.palette import Palette
 from dkm_export.palettized import ModelSource, PalettizedModel
-from dkm_exporters.executorch.decode import attach, decode_tensors
+from dkm_exporters.executorch.blob import weight_keys, write_blob
+from dkm_exporters.executorch.decode import (
+    decode_rows,
+    decode_weight,
+    decoded_by,
+    looks_up_rows,
+)
 from dkm_exporters.executorch.header import INPUTS_METHOD, PALETTES_METHOD, Header
+from dkm_exporters.executorch.options import ExecuTorchOptions
+from dkm_exporters.executorch.xnnpack import (
+    constant_keys,
+    delegates,
+    exchange,
+    is_delegate_call,
+    keys_of,
+    parameters_of,
+    to_xnnpack,
+)
 
-_EMBEDDING = torch.ops.aten.embedding.default
+_EMBEDDING = edge_ops.edge.aten.embedding.default
 
 
-def lower(module: nn.Module, model: PalettizedModel) -> bytes:
-    """Lower ``module``, which is changed, to a program without delegates.
+def lower(module: nn.Module, model: PalettizedModel, options: ExecuTorchOptions) -> bytes:
+    """Lower ``module``, which is changed, to a program.
 
     Raises:
         Unsupported: when a library cannot express the model, no stock kernel runs an operator, or
@@ -31,31 +49,63 @@ def lower(module: nn.Module, model: PalettizedModel) -> bytes:
         InvalidInput: when the model returns another number of outputs than its source names.
     """
     _check_layers(module)
-    source, palettes = model.source, model.palettes
-    inputs = source.example_inputs()
-    folded = fold_batch_norm(module, palettes, inputs, model.ties)
-    with _explained("torch.export"):
-        attach(module, folded, model.ties)
-        program = torch.export.export(module, inputs)
-        # A layer that only looks at its weight leaves a decode that would not reach the program.
-        program.graph.eliminate_dead_code()
-    _check_outputs(program, source)
+    inputs = _example_inputs(model.source, options)
+    palettes = fold_batch_norm(module, model.palettes, inputs, model.ties)
+    weights = _Weights(module, palettes, model.ties)
+    weights.decode_rows()
+    if options.backend == "portable":
+        weights.decode(palettes)
+        program = _export(module, inputs, model.source, options)
+        with _explained("ExecuTorch"):
+            edge = to_edge(program)
+        packed: dict[str, list[str]] = {}
+    else:
+        edge, packed = _delegate(module, inputs, model.source, weights, options)
     header = Header(
+        backend=options.backend,
         layers={name: PaletteEntry.of(palette) for name, palette in palettes.items()},
-        decodes=_decodes(program, model),
+        decodes=tuple(_decodes(edge.exported_program(), weights, packed)),
     )
+    _check_decoded(header)
     with _explained("ExecuTorch"):
-        edge = to_edge(
-            program,
-            constant_methods={
+        lowered = EdgeProgramManager(
+            {"forward": edge.exported_program()},
+            {
                 PALETTES_METHOD: header.model_dump_json(),
-                INPUTS_METHOD: [spec.name for spec in source.inputs],
+                INPUTS_METHOD: [spec.name for spec in model.source.inputs],
             },
-        )
-        lowered = edge.to_executorch()
-    _check_decoded(lowered.exported_program(), header, model.ties)
+            edge.compile_config,
+        ).to_executorch()
     _check_operators(lowered.executorch_program)
     return bytes(lowered.buffer)
+
+
+class _Weights:
+    """The palettized weights of a module, under all the names that the module has for them.
+
+    Attributes:
+        palettes: by parameter name.
+        owners: by each name of such a parameter, its name in ``palettes``.
+    """
+
+    def __init__(
+        self, module: nn.Module, palettes: Mapping[str, Palette], ties: Mapping[str, str]
+    ) -> None:
+        self._module = module
+        self.palettes = palettes
+        self.owners = {name: name for name in palettes} | dict(ties)
+
+    def decode_rows(self) -> None:
+        """Let embeddings decode the rows that they look up."""
+        for name, owner in self.owners.items():
+            if looks_up_rows(self._module, name):
+                decode_rows(self._module, name, self.palettes[owner])
+
+    def decode(self, names: Container[str]) -> None:
+        """Let these parameters be decoded where they are used, under any name."""
+        for name, owner in self.owners.items():
+            if owner in names:
+                decode_weight(self._module, name, self.palettes[owner])
 
 
 def _check_layers(module: nn.Module) -> None:
@@ -66,6 +116,30 @@ def _check_layers(module: nn.Module) -> None:
                 f"executorch: {name}: the stock kernels have no 3-D convolutions; "
                 "use 1-D or 2-D ones, or another target"
             )
+
+
+def _example_inputs(source: ModelSource, options: ExecuTorchOptions) -> tuple[Tensor, ...]:
+    """Inputs to trace with: where the app chooses the batch it is 2, as 1 means fixed."""
+    if options.max_batch is None:
+        return source.example_inputs()
+    generator = torch.Generator().manual_seed(0)
+    specs = (spec.model_copy(update={"shape": (2, *spec.shape[1:])}) for spec in source.inputs)
+    return tuple(spec.random(generator) for spec in specs)
+
+
+def _export(
+    module: nn.Module, inputs: tuple[Tensor, ...], source: ModelSource, options: ExecuTorchOptions
+) -> ExportedProgram:
+    batch = None
+    if options.max_batch is not None:
+        size = Dim("batch", max=options.max_batch)
+        batch = tuple({0: size} for _ in inputs)
+    with _explained("torch.export"):
+        program = torch.export.export(module, inputs, dynamic_shapes=batch)
+        # A layer that only looks at its weight leaves a decode that would not reach the program.
+        program.graph.eliminate_dead_code()
+    _check_outputs(program, source)
+    return program
 
 
 @contextmanager
@@ -89,27 +163,109 @@ def _check_outputs(program: ExportedProgram, source: ModelSource) -> None:
         )
 
 
-def _decodes(program: ExportedProgram, model: PalettizedModel) -> tuple[str, ...]:
-    """The parameter of each lookup in a LUT, in the order of the graph."""
-    buffers = program.graph_signature.inputs_to_buffers
-    luts = {decode_tensors(name).lut: name for name in model.palettes}
-    luts |= {decode_tensors(name).lut: owner for name, owner in model.ties.items()}
-    lookups = [node for node in program.graph.nodes if node.target is _EMBEDDING]
-    # The table of a lookup is the LUT as float32: one conversion after the placeholder.
-    sources = [source for node in lookups for source in node.args[0].all_input_nodes]
-    looked_up = [buffers.get(source.name) for source in sources]
-    return tuple(luts[buffer] for buffer in looked_up if buffer in luts)
+def _delegate(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    source: ModelSource,
+    weights: _Weights,
+    options: ExecuTorchOptions,
+) -> tuple[EdgeProgramManager, dict[str, list[str]]]:
+    """Lower to XNNPACK, with palettes in place of the weights that it takes.
+
+    Returns:
+        The program; and by the key of a weight in it, the parameters that are this weight.
+    """
+    orders = {name: weight_keys(palette) for name, palette in weights.palettes.items()}
+    while True:
+        program = _export(module, inputs, source, options)
+        with _explained("ExecuTorch"):
+            edge = to_xnnpack(program)
+        dense = _left_dense(edge.exported_program(), weights.owners, orders)
+        if not dense:
+            break
+        # XNNPACK takes no part in these, or changes them on its way.
+        weights.decode(dense)
+        for name in dense:
+            del orders[name]
+    blobs: dict[str, bytes] = {}
+    packed: dict[str, list[str]] = {}
+    used = set[str]().union(*(keys_of(part) for _, part in delegates(edge.exported_program())))
+    for name, order in orders.items():
+        for key in used & order.keys():
+            blob = write_blob(weights.palettes[name], order[key])
+            if blobs.setdefault(key, blob) != blob:
+                raise Unsupported(
+                    f"executorch: {name} and {packed[key][0]} are the same weight with different "
+                    "palettes: tie them, or set executorch.backend=portable"
+                )
+            packed.setdefault(key, []).append(name)
+    exchange(edge.exported_program(), blobs)
+    return edge, packed
 
 
-def _check_decoded(program: ExportedProgram, header: Header, ties: Mapping[str, str]) -> None:
-    """The final graph takes every LUT and all indices: no pass has folded them."""
+def _left_dense(
+    program: ExportedProgram,
+    owners: Mapping[str, str],
+    orders: Mapping[str, Mapping[str, object]],
+) -> set[str]:
+    """Parameters that the program has dense, if at all.
+
+    Args:
+        program: as `to_xnnpack` made it.
+        owners: by each name of a palettized parameter, that of its palette.
+        orders: the keys by which delegates may have it, by the name of the palette.
+    """
     signature = program.graph_signature
-    owners = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    taken = {owners.get(node.name) for node in program.graph.nodes if node.users}
+    dense = {
+        owners.get(signature.inputs_to_parameters.get(node.name, ""))
+        for node in program.graph.find_nodes(op="placeholder")
+        if node.users
+    }
+    found = set(_decoded_rows(program, owners))
+    for _, part in delegates(program):
+        keys = keys_of(part)
+        taken = {owners.get(name) for name in parameters_of(part)} & orders.keys()
+        kept = {name for name in taken if not keys.isdisjoint(orders[name])}
+        dense |= taken - kept
+        found |= kept
+    return {name for name in orders if name in dense or name not in found}
+
+
+def _decodes(
+    program: ExportedProgram, weights: _Weights, packed: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, ...]]:
+    """The parameters of each decode, in the order of the graph."""
+    parts = (part for _, part in delegates(program))
+    for node in program.graph.nodes:
+        if name := _decoded(node, program, weights.owners):
+            yield (name,)
+        elif is_delegate_call(node):
+            keys = constant_keys(next(parts).processed_bytes)
+            yield from (tuple(packed[key]) for key in keys if key in packed)
+
+
+def _decoded_rows(program: ExportedProgram, owners: Mapping[str, str]) -> Iterator[str]:
+    for node in program.graph.nodes:
+        if name := _decoded(node, program, owners):
+            yield name
+
+
+def _decoded(node: fx.Node, program: ExportedProgram, owners: Mapping[str, str]) -> str | None:
+    """The parameter that is decoded by looking vectors up in its LUT, if ``node`` does that."""
+    if node.target is not _EMBEDDING:
+        return None
+    table = node.args[0]
+    # as float32, and for shared rows as scalars
+    while table.op != "placeholder" and len(table.all_input_nodes) == 1:
+        (table,) = table.all_input_nodes
+    buffer = program.graph_signature.inputs_to_buffers.get(table.name)
+    return owners.get(decoded_by(buffer or ""))
+
+
+def _check_decoded(header: Header) -> None:
+    decoded = {name for names in header.decodes for name in names}
     for name in header.layers:
-        names = [name, *(tie for tie, owner in ties.items() if owner == name)]
-        decoded = any(taken.issuperset(decode_tensors(alias)) for alias in names)
-        if name not in header.decodes or not decoded:
+        if name not in decoded:
             raise Unsupported(
                 f"executorch: the program does not use the palette of {name}: "
                 "add a rule with skip = true for it"

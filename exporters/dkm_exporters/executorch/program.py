@@ -16,7 +16,7 @@ import numpy.typing as npt
 from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
 from executorch.exir._serialize._program import _get_extended_header
 from executorch.exir.scalar_type import ScalarType
-from executorch.exir.schema import String
+from executorch.exir.schema import DataLocation, String
 
 from dkm_export.errors import InvalidInput
 
@@ -24,6 +24,7 @@ _MAGIC = b"ET"
 _DTYPES: dict[Any, np.dtype[Any]] = {
     ScalarType.BYTE: np.dtype(np.uint8),
     ScalarType.INT: np.dtype(np.int32),
+    ScalarType.LONG: np.dtype(np.int64),
     ScalarType.HALF: np.dtype(np.float16),
     ScalarType.FLOAT: np.dtype(np.float32),
 }
@@ -55,15 +56,21 @@ class ProgramFile:
             raise InvalidInput(f"{path}: cut short, or its header is malformed: export it again")
         try:
             self._program: Any = _flatbuffer_to_program(data[: header.program_size])
-            self._segment = self._constants(memoryview(data)[header.segment_base_offset : end])
+            self._segments = self._cut(memoryview(data)[header.segment_base_offset : end])
+            self._constants = self._segments[self._program.constant_segment.segment_index]
+            self._named = {
+                entry.key: self._segments[entry.segment_index]
+                for entry in self._program.named_data or ()
+            }
         except Exception as error:  # generated code, without a check of its own
             raise InvalidInput(f"{path}: the program is malformed: export it again") from error
 
-    def _constants(self, segments: memoryview) -> memoryview:
-        place = self._program.segments[self._program.constant_segment.segment_index]
-        if place.offset + place.size > len(segments):
-            raise ValueError("the segment of constants ends after the file")
-        return segments[place.offset : place.offset + place.size]
+    def _cut(self, data: memoryview) -> list[memoryview]:
+        segments = self._program.segments
+        if any(segment.offset + segment.size > len(data) for segment in segments):
+            raise ValueError("a segment ends after the file")
+        # a program without constants names a segment that there is not
+        return [data[s.offset : s.offset + s.size] for s in segments] or [memoryview(b"")]
 
     def plan(self, method: str) -> Any:
         """The execution plan of a method.
@@ -101,10 +108,30 @@ class ProgramFile:
             return None
         offsets = self._program.constant_segment.offsets
         index, count = tensor.data_buffer_idx, math.prod(tensor.sizes)
-        start = offsets[index] if index < len(offsets) else len(self._segment)
-        if count < 0 or start + count * dtype.itemsize > len(self._segment):
+        start = offsets[index] if index < len(offsets) else len(self._constants)
+        if count < 0 or start + count * dtype.itemsize > len(self._constants):
             raise InvalidInput(f"{self.path}: constant {index} is not within the file")
-        return np.frombuffer(self._segment, dtype, count, start).reshape(tensor.sizes)
+        return np.frombuffer(self._constants, dtype, count, start).reshape(tensor.sizes)
+
+    def named(self, key: str) -> bytes | None:
+        """Data that a delegate asks for by name, or None when the file does not have it."""
+        data = self._named.get(key)
+        return None if data is None else bytes(data)
+
+    def delegate(self, method: str, index: int) -> bytes:
+        """What a delegate of a method was given: a graph in a format of its own.
+
+        Raises:
+            InvalidInput: when the file does not have it.
+        """
+        delegates = self.plan(method).delegates
+        try:
+            place = delegates[index].processed
+            if place.location == DataLocation.SEGMENT:
+                return bytes(self._segments[place.index])
+            return bytes(self._program.backend_delegate_data[place.index].data)
+        except IndexError as error:
+            raise InvalidInput(f"{self.path}: delegate {index} is not within the file") from error
 
 
 def tensor_dtype(tensor: Any) -> np.dtype[Any] | None:

@@ -4,25 +4,35 @@ A list of which constant is whose would be one more thing that can be wrong: a d
 show the reader one constant and run another. So the reader runs the instructions of ``forward``
 that depend on constants alone. Indices are what the program looks up in a LUT, the LUT is where
 it looks, and the weight that comes out must reach another instruction, bit for bit as the palette
-gives it. Only the order in which parameters are decoded is taken from the header: with another
-order, the palettes no longer agree with the checkpoint.
+gives it. Of an embedding, a few rows are looked up and have to come out; the packed rows that they
+come from are the palette. A delegate asks for weights by their hash: a packed one has to expand to
+what is asked for. Only the order in which parameters are decoded is taken from the header: with
+another order, the palettes no longer agree with the checkpoint.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from subprocess import CalledProcessError
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
 
+from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
+from dkm_export.fields import unpack_fields
 from dkm_export.palette import Palette, packed_size
 from dkm_export.validation import explain
+from dkm_exporters.executorch.blob import read_blob
 from dkm_exporters.executorch.header import PALETTES_METHOD, Header
-from dkm_exporters.executorch.interpreter import Interpreter, Lookup, Value
+from dkm_exporters.executorch.interpreter import Interpreter, Lookup, Rows, Value
 from dkm_exporters.executorch.program import ProgramFile
+from dkm_exporters.executorch.xnnpack import BLOB_PREFIX, constant_keys
 
 
 def read(path: Path) -> dict[str, Palette]:
@@ -32,21 +42,28 @@ def read(path: Path) -> dict[str, Palette]:
         InvalidInput: when the file is missing, truncated, malformed or contradicts itself.
     """
     file = ProgramFile(path)
-    header = _read_header(file)
+    header = read_header(file)
     palettes: dict[str, Palette] = {}
-    for name, palette in zip(header.decodes, _decoded(file, header), strict=True):
-        difference = palettes.setdefault(name, palette).difference(palette)
-        if difference:
-            raise InvalidInput(f"{path}: {name}: two of its decodes disagree: {difference}")
+    for names, palette in zip(header.decodes, _decoded(file, header), strict=True):
+        for name in names:
+            difference = palettes.setdefault(name, palette).difference(palette)
+            if difference:
+                raise InvalidInput(f"{path}: {name}: two of its decodes disagree: {difference}")
     return {name: palettes[name] for name in header.layers}
 
 
-def _read_header(file: ProgramFile) -> Header:
+def read_header(file: ProgramFile) -> Header:
+    """What the program says about itself.
+
+    Raises:
+        InvalidInput: when it says nothing, or something malformed.
+    """
     try:
         header = Header.model_validate_json(file.string(PALETTES_METHOD))
     except ValidationError as error:
         raise InvalidInput(f"{file.path}: {explain(error, Header)}") from error
-    if set(header.decodes) != header.layers.keys():
+    decoded = {name for names in header.decodes for name in names}
+    if decoded != header.layers.keys() or not all(header.decodes):
         raise InvalidInput(f"{file.path}: the layers and the order of their decodes disagree")
     for name, layer in header.layers.items():
         try:
@@ -68,26 +85,64 @@ class _Decode:
 
 def _decoded(file: ProgramFile, header: Header) -> list[Palette]:
     """The palette of each of the header's decodes."""
-    decodes: dict[Lookup, _Decode] = {}
-    names = iter(header.decodes)
+    lookups: dict[Lookup, _Decode] = {}
+    decodes: list[_Decode] = []
+    names = (entry[0] for entry in header.decodes)
+    fewest = min((layer.shape[0] for layer in header.layers.values()), default=1)
+    limit = _memory_limit(file, header)
     try:
-        for step in Interpreter(file, "forward", _memory_limit(file, header)).steps():
+        for step in Interpreter(file, "forward", limit, fewest).steps():
             for value in step.takes:
                 if value.lookup is not None:
-                    decode = decodes[value.lookup]
-                    decode.used = decode.used or _is_weight(value, decode.palette)
+                    decode = lookups[value.lookup]
+                    decode.used = decode.used or _is_weight(value, value.lookup, decode.palette)
             lookup = None if step.result is None else step.result.lookup
-            if lookup is not None and lookup not in decodes:
-                decodes[lookup] = _Decode(_palette(file, header, lookup, next(names, "")))
+            if lookup is not None and lookup not in lookups:
+                name = next(names, "")
+                lookups[lookup] = _Decode(_palette(file, header, lookup, name))
+                decodes.append(lookups[lookup])
+            if step.delegate is not None:
+                decodes += _delegated(file, header, step.delegate, names)
     except (IndexError, AttributeError, TypeError, ValueError) as error:
         raise InvalidInput(f"{file.path}: an instruction is malformed: export it again") from error
-    for name, decode in zip_longest(header.decodes, decodes.values()):
-        if decode is None or not decode.used:
+    for entry, found in zip_longest(header.decodes, decodes):
+        if entry is None:
+            raise InvalidInput(f"{file.path}: has more decodes than its header names")
+        if found is None or not found.used:
             raise InvalidInput(
-                f"{file.path}: {name}: the program does not compute this weight from a palette: "
-                "export it again"
+                f"{file.path}: {entry[0]}: the program does not compute this weight from a "
+                "palette: export it again"
             )
-    return [decode.palette for decode in decodes.values()]
+    return [decode.palette for decode in decodes]
+
+
+def _delegated(
+    file: ProgramFile, header: Header, index: int, names: Iterator[str]
+) -> Iterator[_Decode]:
+    """The palettes of a delegate, in the order in which it asks for them."""
+    try:
+        keys = constant_keys(file.delegate("forward", index))
+    except (KeyError, RuntimeError, OSError, CalledProcessError) as error:
+        raise InvalidInput(
+            f"{file.path}: delegate {index} is malformed: export it again"
+        ) from error
+    for key in keys:
+        blob = file.named(BLOB_PREFIX + key)
+        if blob is None:
+            continue
+        name = next(names, "")
+        layer = _layer(file, header, name)
+        try:
+            yield _Decode(read_blob(blob, key, layer), used=True)
+        except InvalidInput as error:
+            raise InvalidInput(f"{file.path}: {name}: {error}") from error
+
+
+def _layer(file: ProgramFile, header: Header, name: str) -> PaletteEntry:
+    layer = header.layers.get(name)
+    if layer is None:
+        raise InvalidInput(f"{file.path}: has more decodes than its header names")
+    return layer
 
 
 def _memory_limit(file: ProgramFile, header: Header) -> int:
@@ -97,20 +152,16 @@ def _memory_limit(file: ProgramFile, header: Header) -> int:
 
 
 def _palette(file: ProgramFile, header: Header, lookup: Lookup, name: str) -> Palette:
-    layer = header.layers.get(name)
-    if layer is None:
-        raise InvalidInput(f"{file.path}: has more decodes than its header names")
+    layer = _layer(file, header, name)
     layout = layer.layout
     lut = lookup.lut.reshape(-1)
     count = layout.groups << layer.bits
-    if lut.size != count * layout.dim or lookup.rows.size != layout.vectors:
+    indices = _indices(lookup, layer)
+    if lut.size != count * layout.dim or indices.size != layout.vectors:
         raise InvalidInput(
-            f"{file.path}: {name}: {lookup.rows.size} indices into {lut.size} LUT entries, "
+            f"{file.path}: {name}: {indices.size} indices into {lut.size} LUT entries, "
             f"expected {layout.vectors} into {count * layout.dim}"
         )
-    # The program's indices count through the LUTs of all groups.
-    starts = np.arange(layout.groups)[:, None] << layer.bits
-    indices = lookup.rows.reshape(layout.groups, -1).astype(np.int64) - starts
     if (indices < 0).any() or (indices >> layer.bits).any():
         raise InvalidInput(f"{file.path}: {name}: indices exceed {layer.bits} bits")
     try:
@@ -124,9 +175,38 @@ def _palette(file: ProgramFile, header: Header, lookup: Lookup, name: str) -> Pa
         raise InvalidInput(f"{file.path}: {name}: {error}") from error
 
 
-def _is_weight(value: Value, palette: Palette) -> bool:
-    """Whether ``value`` is the decoded weight."""
-    if value.array.dtype != np.float32 or value.array.shape != palette.layout.shape:
+def _indices(lookup: Lookup, layer: PaletteEntry) -> npt.NDArray[Any]:
+    """The index of each vector; as many as the program has, and of the values that it has."""
+    layout = layer.layout
+    if lookup.source is not None:
+        packed = lookup.source.packed
+        if len(layout.shape) != 2 or packed.shape[1] != packed_size(
+            layout.index_shape[1], layer.bits
+        ):
+            return np.empty(0, np.uint8)
+        return unpack_fields(packed, layer.bits, layout.index_shape[1])
+    if lookup.rows.size != layout.vectors:
+        return lookup.rows
+    # The program's indices count through the LUTs of all groups.
+    starts = np.arange(layout.groups)[:, None] << layer.bits
+    return lookup.rows.reshape(layout.groups, -1).astype(np.int64) - starts
+
+
+def _is_weight(value: Value, lookup: Lookup, palette: Palette) -> bool:
+    """Whether ``value`` is the decoded weight, or those of its rows that were looked up."""
+    weight = palette.dense()
+    if lookup.source is not None:
+        weight = weight[_tokens(lookup, lookup.source, palette)]
+    if value.array.dtype != np.float32 or value.array.shape != weight.shape:
         return False
     # Compare bits, not values: -0.0 equals 0.0.
-    return np.array_equal(value.array.view(np.uint32), palette.dense().view(np.uint32))
+    return np.array_equal(value.array.view(np.uint32), weight.view(np.uint32))
+
+
+def _tokens(lookup: Lookup, source: Rows, palette: Palette) -> npt.NDArray[Any]:
+    """The rows of the weight that were looked up."""
+    layout = palette.layout
+    if layout.axis or layout.dim == 1:
+        return source.rows
+    # ``dim`` rows share their indices: which of them is said by the element of the vector
+    return source.rows * layout.dim + lookup.rows[..., 0] % layout.dim
