@@ -1,8 +1,8 @@
 """Runs what a program computes from constants alone, in numpy.
 
 Only the handful of operators that a decode consists of are known; whatever else an instruction
-computes is unknown, and so is the memory that it may have written to. Integer inputs count as
-known, so that rows of embeddings are looked up.
+computes is unknown, and so is the memory that it may have written to. Integers are the exception,
+those of inputs too: they are made up, so that embeddings look up rows, of which any will do.
 """
 
 from __future__ import annotations
@@ -92,21 +92,23 @@ class Interpreter:
         file: the program.
         method: name of the method.
         limit: bytes of results to remember; beyond that, the oldest become unknown.
-        below: what the values of integer inputs stay below; they count up to it and start again.
+        below: what made up integers stay below; they count up to it and start again.
     """
 
     def __init__(self, file: ProgramFile, method: str, limit: int, below: int) -> None:
         self._file = file
         self._plan = file.plan(method)
         self._limit = limit
+        self._below = below
         self._memory: dict[tuple[int, int], Value] = {}
         for index in self._plan.inputs:
-            self._assume(self._plan.values[index].val, below)
+            self._make_up(self._plan.values[index].val)
 
-    def _assume(self, spec: Any, below: int) -> None:
+    def _make_up(self, spec: Any) -> None:
+        """Remember integers for a tensor of unknown ones."""
         dtype = tensor_dtype(spec) if isinstance(spec, Tensor) else None
         if dtype in (np.int32, np.int64) and _nbytes(spec) <= self._limit:
-            values = np.arange(math.prod(spec.sizes), dtype=dtype) % below
+            values = np.arange(math.prod(spec.sizes), dtype=dtype) % self._below
             self._remember(spec, Value(values.reshape(spec.sizes)))
 
     def steps(self) -> Iterator[Step]:
@@ -139,7 +141,9 @@ class Interpreter:
         result = self._evaluate(self._plan.operators[call.op_index].name, arguments, output)
         for spec in [output] if result is not None else [*specs, output]:
             self._forget(spec)
-        if result is not None:
+        if result is None:
+            self._make_up(output)
+        else:
             self._remember(output, result)
         return Step(takes, result)
 

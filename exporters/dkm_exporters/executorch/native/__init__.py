@@ -1,0 +1,110 @@
+"""The native code, built on this machine: once for each version of it and of ExecuTorch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+from dkm_export.checking.installation import Installation
+from dkm_export.errors import Unsupported
+
+SOURCES: Final = Path(__file__).parent
+"""A CMake project, for apps too."""
+
+BACKEND: Final = "libdkm_lut_backend.so"
+RUNNER: Final = "dkm_runner"
+
+_TOOLS: Final = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
+"""Packages that carry programs, and where they say that these are."""
+
+
+def built() -> Path:
+    """The folder with `BACKEND` and `RUNNER`; builds them if that was not done before.
+
+    Raises:
+        Unsupported: when they cannot be built, with the reason.
+    """
+    installation = Installation("executorch-native", _version())
+    if installation.problem():
+        with installation.staged() as folder:
+            build(folder)
+    return installation.folder
+
+
+@functools.cache
+def load_backend() -> None:
+    """Register our delegate with the ExecuTorch runtime of this process.
+
+    Raises:
+        Unsupported: when it cannot be built or loaded, with the reason.
+    """
+    import executorch.runtime
+
+    executorch.runtime.Runtime.get()  # what the delegate registers with has to be there first
+    library = built() / BACKEND
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        raise Unsupported(f"{library}: cannot be loaded: {error}") from error
+
+
+def build(folder: Path, settings: Sequence[str] = ()) -> None:
+    """Build the native code into ``folder``.
+
+    Args:
+        folder: an empty one.
+        settings: of CMake, for another target: ``-DCMAKE_TOOLCHAIN_FILE=...``.
+
+    Raises:
+        Unsupported: when there is no compiler, or the code does not compile.
+    """
+    cmake, ninja = (_tool(name) for name in _TOOLS)
+    configure = [
+        *(cmake, "-S", str(SOURCES), "-B", str(folder), "-G", "Ninja"),
+        *(f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Release"),
+        f"-Dexecutorch_DIR={package() / 'share' / 'cmake'}",
+        *settings,
+    ]
+    for command in (configure, [cmake, "--build", str(folder)]):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise Unsupported(_explain(result.stdout + result.stderr))
+
+
+def package() -> Path:
+    """Where the ``executorch`` package is; it is not imported."""
+    spec = find_spec("executorch")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+def _version() -> str:
+    """Of ExecuTorch, and a hash of our sources and of the place that the code is linked against."""
+    digest = hashlib.sha256(str(package()).encode())
+    for file in sorted(SOURCES.glob("*")):
+        if file.is_file():
+            digest.update(file.name.encode() + file.read_bytes())
+    return f"{metadata.version('executorch')}-{digest.hexdigest()[:16]}"
+
+
+def _tool(name: str) -> str:
+    module = __import__(name)
+    return str(Path(getattr(module, _TOOLS[name]), name))
+
+
+def _explain(log: str) -> str:
+    if "No CMAKE_CXX_COMPILER could be found" in log:
+        return (
+            "executorch: our delegate is built from source, and here is no C++ compiler: install "
+            "g++ or clang, or set executorch.backend=portable"
+        )
+    lines = [line.strip() for line in log.splitlines() if "rror" in line]
+    return f"executorch: our delegate does not compile: {lines[0] if lines else log[-200:]}"
