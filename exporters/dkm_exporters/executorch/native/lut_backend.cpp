@@ -1,0 +1,248 @@
+/// Registers "DkmXnnpackBackend": XNNPACK, with weights that are palettized in the file.
+///
+/// A program for it is one for XNNPACK, except that a weight which XNNPACK knows as `key` may be
+/// stored under "dkm.lut:" + key as a LUT blob (see lut_blob.h). The dense weight exists only while
+/// XNNPACK packs it, and has the same bytes that XNNPACK would have found under `key`.
+
+#include <executorch/runtime/backend/interface.h>
+#include <executorch/runtime/core/named_data_map.h>
+#include <executorch/runtime/platform/log.h>
+#ifdef ET_USE_THREADPOOL
+#include <executorch/runtime/kernel/thread_parallel_interface.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <new>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "lut_blob.h"
+
+namespace dkm {
+namespace {
+
+namespace et = executorch::runtime;
+
+constexpr char kBackendName[] = "DkmXnnpackBackend";
+constexpr char kXnnpackName[] = "XnnpackBackend";
+constexpr std::string_view kLutPrefix = "dkm.lut:";
+
+constexpr std::size_t kAlignment = 64;
+// XNNPACK may read a little beyond the end of an array (XNN_EXTRA_BYTES, 128 at most).
+constexpr std::size_t kExtraBytes = 128;
+#ifdef __linux__
+// A dense weight of megabytes lives for a moment: most of its cost is the kernel's, page by page.
+constexpr std::size_t kHugePage = std::size_t{1} << 21;
+constexpr std::size_t kMinHugeBytes = 2 * kHugePage;
+#endif
+
+std::size_t alignment_of(std::size_t bytes) noexcept {
+#ifdef __linux__
+  if (bytes >= kMinHugeBytes) return kHugePage;
+#endif
+  (void)bytes;
+  return kAlignment;
+}
+
+void* allocate_dense(std::size_t bytes) noexcept {
+  void* dense =
+      ::operator new(bytes + kExtraBytes, std::align_val_t(alignment_of(bytes)), std::nothrow);
+#ifdef __linux__
+  if (dense != nullptr && bytes >= kMinHugeBytes) {
+    (void)madvise(dense, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // only faster
+  }
+#endif
+  return dense;
+}
+
+/// A FreeableBuffer's function.
+void free_dense(void* /*context*/, void* dense, std::size_t bytes) noexcept {
+  ::operator delete(dense, std::align_val_t(alignment_of(bytes)));
+}
+
+void expand(const LutExpander& expander, float* dense) noexcept {
+  const std::uint64_t codes = expander.code_count();
+#ifdef ET_USE_THREADPOOL
+  // Waking threads costs as much as thousands of weights; below that, one is as fast.
+  constexpr std::int64_t kMinCodesOfThread = 1 << 16;
+  const bool parallel = executorch::extension::parallel_for(
+      0, static_cast<std::int64_t>(codes), kMinCodesOfThread,
+      [&](std::int64_t begin, std::int64_t end) {
+        expander.expand(dense, static_cast<std::uint64_t>(begin), static_cast<std::uint64_t>(end));
+      });
+  if (parallel) return;
+#endif
+  expander.expand(dense, 0, codes);
+}
+
+/// A program's named data, where LUT blobs look like the dense weights that they hold.
+class LutDataMap final : public et::NamedDataMap {
+ public:
+  /// `stored` outlives this and may be null, as in a program without named data.
+  explicit LutDataMap(const et::NamedDataMap* stored) noexcept : stored_(stored) {}
+
+  et::Result<et::FreeableBuffer> get_data(std::string_view key) const override {
+    if (stored_ == nullptr) return et::Error::NotFound;
+    auto stored = stored_->get_data(lut_key(key));
+    if (stored.error() == et::Error::NotFound) return stored_->get_data(key);
+    if (!stored.ok()) return stored.error();
+
+    LutBlob blob;
+    ET_CHECK_OK_OR_RETURN_ERROR(parse_blob(key, *stored, blob));
+    const std::size_t bytes = expanded_size(blob);
+    et::FreeableBuffer dense(allocate_dense(bytes), bytes, free_dense);
+    if (dense.data() == nullptr) return refused(key, LutError::kNoMemory);
+    // Its own const is the buffer's promise to readers, who come later.
+    ET_CHECK_OK_OR_RETURN_ERROR(expand_blob(key, blob, const_cast<void*>(dense.data())));
+    return et::Result<et::FreeableBuffer>(std::move(dense));
+  }
+
+  et::Error load_data_into(std::string_view key, void* buffer, std::size_t size) const override {
+    if (stored_ == nullptr) return et::Error::NotFound;
+    auto stored = stored_->get_data(lut_key(key));
+    if (stored.error() == et::Error::NotFound) return stored_->load_data_into(key, buffer, size);
+    if (!stored.ok()) return stored.error();
+
+    LutBlob blob;
+    ET_CHECK_OK_OR_RETURN_ERROR(parse_blob(key, *stored, blob));
+    if (size != expanded_size(blob)) return refused(key, LutError::kOutputSize);
+    if (reinterpret_cast<std::uintptr_t>(buffer) % alignof(float) != 0) {
+      return refused(key, LutError::kOutputUnaligned);
+    }
+    return expand_blob(key, blob, buffer);
+  }
+
+  /// A blob does not know the shape that its consumer gives to the dense weight.
+  et::Result<const et::TensorLayout> get_tensor_layout(std::string_view key) const override {
+    if (stored_ == nullptr) return et::Error::NotFound;
+    return stored_->get_tensor_layout(key);
+  }
+
+  et::Result<std::uint32_t> get_num_keys() const override {
+    if (stored_ == nullptr) return std::uint32_t{0};
+    return stored_->get_num_keys();
+  }
+
+  et::Result<const char*> get_key(std::uint32_t index) const override {
+    if (stored_ == nullptr) return et::Error::InvalidArgument;
+    return stored_->get_key(index);
+  }
+
+ private:
+  static std::string lut_key(std::string_view key) { return std::string(kLutPrefix).append(key); }
+
+  static et::Error refused(std::string_view key, LutError error) {
+    ET_LOG(Error, "%s: palettized weight %.*s: %s", kBackendName, static_cast<int>(key.size()),
+           key.data(), describe(error));
+    switch (error) {
+      case LutError::kNoMemory:
+        return et::Error::MemoryAllocationFailed;
+      case LutError::kOutputSize:
+      case LutError::kOutputUnaligned:
+        return et::Error::InvalidArgument;
+      default:
+        return et::Error::InvalidExternalData;
+    }
+  }
+
+  static et::Error parse_blob(std::string_view key, const et::FreeableBuffer& stored,
+                              LutBlob& blob) {
+    const LutError error = parse(stored.data(), stored.size(), blob);
+    return error == LutError::kOk ? et::Error::Ok : refused(key, error);
+  }
+
+  static et::Error expand_blob(std::string_view key, const LutBlob& blob, void* dense) {
+    LutExpander expander;
+    const LutError error = expander.init(blob);
+    if (error != LutError::kOk) return refused(key, error);
+    expand(expander, static_cast<float*>(dense));
+    return et::Error::Ok;
+  }
+
+  const et::NamedDataMap* stored_;
+};
+
+/// What `init` returns. It lies in the method's own memory, like XNNPACK's handle.
+struct Handle {
+  // XNNPACK asks for data in `init` alone, but its weight cache keeps a pointer to the map.
+  LutDataMap data;
+  et::BackendInterface* xnnpack = nullptr;
+  et::DelegateHandle* xnnpack_handle = nullptr;
+};
+
+class LutBackend final : public et::BackendInterface {
+ public:
+  // Whether there is an XNNPACK is said by `init`, which can also say what is missing.
+  bool is_available() const override {
+    const et::BackendInterface* xnnpack = find_xnnpack();
+    return xnnpack == nullptr || xnnpack->is_available();
+  }
+
+  et::Result<et::DelegateHandle*> init(et::BackendInitContext& context,
+                                       et::FreeableBuffer* processed,
+                                       et::ArrayRef<et::CompileSpec> compile_specs) const override {
+    et::BackendInterface* xnnpack = find_xnnpack();
+    if (xnnpack == nullptr) {
+      ET_LOG(Error, "%s needs %s, which is not linked into this program", kBackendName,
+             kXnnpackName);
+      return et::Error::NotFound;
+    }
+    void* memory = context.get_runtime_allocator()->allocate(sizeof(Handle), alignof(Handle));
+    if (memory == nullptr) return et::Error::MemoryAllocationFailed;
+    auto* handle = new (memory) Handle{LutDataMap(context.get_named_data_map()), xnnpack, nullptr};
+    et::BackendInitContext xnnpack_context(context.get_runtime_allocator(), context.event_tracer(),
+                                           context.get_method_name(), &handle->data,
+                                           context.runtime_specs());
+    auto result = xnnpack->init(xnnpack_context, processed, compile_specs);
+    if (!result.ok()) {
+      handle->~Handle();
+      return result.error();
+    }
+    handle->xnnpack_handle = *result;
+    return handle;
+  }
+
+  et::Error execute(et::BackendExecutionContext& context, et::DelegateHandle* handle,
+                    et::Span<et::EValue*> args) const override {
+    auto* ours = static_cast<Handle*>(handle);
+    return ours->xnnpack->execute(context, ours->xnnpack_handle, args);
+  }
+
+  void destroy(et::DelegateHandle* handle) const override {
+    if (handle == nullptr) return;  // after an `init` that failed
+    auto* ours = static_cast<Handle*>(handle);
+    ours->xnnpack->destroy(ours->xnnpack_handle);
+    ours->~Handle();
+  }
+
+  et::Error set_option(et::BackendOptionContext& context,
+                       const et::Span<et::BackendOption>& options) override {
+    et::BackendInterface* xnnpack = find_xnnpack();
+    return xnnpack == nullptr ? et::Error::NotFound : xnnpack->set_option(context, options);
+  }
+
+  et::Error get_option(et::BackendOptionContext& context,
+                       et::Span<et::BackendOption>& options) override {
+    et::BackendInterface* xnnpack = find_xnnpack();
+    return xnnpack == nullptr ? et::Error::NotFound : xnnpack->get_option(context, options);
+  }
+
+ private:
+  // Looked up when it is needed: static objects of other libraries have no known order.
+  static et::BackendInterface* find_xnnpack() { return et::get_backend_class(kXnnpackName); }
+};
+
+/// Never destroyed: programs that are static objects may outlive those of this library.
+LutBackend& backend() {
+  static auto* const instance = new LutBackend;
+  return *instance;
+}
+
+// A second copy of this library changes nothing: the first one stays registered.
+[[maybe_unused]] const et::Error registered = et::register_backend({kBackendName, &backend()});
+
+}  // namespace
+}  // namespace dkm

@@ -1,0 +1,186 @@
+"""LUT blobs of ExecuTorch programs: the native decoder against plain numpy, and hostile blobs."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import dkm_exporters.executorch
+from fuzz.lut_blobs import CORPUS, FIELDS, Blob, Geometry, corpus, geometries, random_blob
+
+NATIVE = Path(dkm_exporters.executorch.__file__).with_name("native")
+DIMS = (1, 2, 3, 4, 5, 8, 16, 64)
+
+
+class Decoder:
+    """The C functions of a library."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.dkm_lut_error.restype = ctypes.c_char_p
+
+    def error(self, code: int) -> str:
+        text: bytes = self._library.dkm_lut_error(code)
+        return text.decode()
+
+    def expand(self, blob: bytes, size: int | None = None, shift: int = 0) -> Expanded:
+        """The weight of a blob, or what is wrong with it."""
+        # at the very end of a malloc, so that a sanitizer or a guard page would see more
+        data = ctypes.create_string_buffer(blob, len(blob)) if blob else None
+        length = ctypes.c_size_t(len(blob))
+        found = ctypes.c_size_t(0)
+        code = self._library.dkm_lut_expanded_size(data, length, ctypes.byref(found))
+        if code:
+            assert self._library.dkm_lut_expand(data, length, None, ctypes.c_size_t(0)) == code
+            return self.error(code)
+        assert found.value % 4 == 0
+        size = found.value if size is None else size
+        dense = np.full(found.value // 4 + 2, np.nan, np.float32)
+        out = ctypes.c_void_p(dense.ctypes.data + 4 + shift)
+        code = self._library.dkm_lut_expand(data, length, out, ctypes.c_size_t(size))
+        assert np.isnan(dense[[0, -1]]).all()
+        return self.error(code) if code else dense[1:-1]
+
+
+Expanded = npt.NDArray[np.float32] | str
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    cmake = shutil.which("cmake")
+    if cmake is None or shutil.which("c++") is None:
+        pytest.skip("cmake and a C++ compiler are needed to build the decoder")
+    build = tmp_path_factory.mktemp("lut")
+    configure = [cmake, "-S", str(NATIVE), "-B", str(build), "-DDKM_ONLY_FORMAT=ON"]
+    for command in (configure, [cmake, "--build", str(build), "--target", "dkm_lut_shared"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (library,) = build.glob("libdkm_lut_shared.*")
+    return Decoder(library)
+
+
+def check(decoder: Decoder, blob: Blob, name: str) -> None:
+    found = decoder.expand(blob.to_bytes())
+    assert not isinstance(found, str), (name, found)
+    expected = blob.dense()
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32), name)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_expands_every_geometry_bit_for_bit(bits: int, decoder: Decoder) -> None:
+    for dim, rows in product(DIMS, (1, 4)):
+        for seed, (name, geometry) in enumerate(geometries(dim, rows)):
+            for scaled in (False, True):
+                if not scaled:
+                    geometry = replace(geometry, scales=0, scale_stride=1)
+                check(decoder, random_blob(bits, dim, geometry, seed), f"{name} dim {dim}")
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_expands_what_does_not_fit_into_the_cache(bits: int, decoder: Decoder) -> None:
+    """Several chunks, and enough weights for LUTs of several indices."""
+    for dim in DIMS:
+        size = 2 * dim
+        many = 20_000 // size + 1
+        for seed, geometry in enumerate(
+            (
+                Geometry(1, size, many + many % 8, scales=size, scale_stride=many + many % 8),
+                Geometry(1, size, many | 1),
+                Geometry(1, size, 4104, groups=2, group_stride=dim * 4104),
+                Geometry(1, size, 3 << 12, groups=2, group_stride=3 << 11),
+                Geometry(many, size, 1, scales=size),
+                Geometry(many, size + 1, 1),
+                Geometry(3, size + 1, 1 << 12),
+            )
+        ):
+            check(decoder, random_blob(bits, dim, geometry, seed), f"{geometry} dim {dim}")
+
+
+def test_halves_become_the_same_floats(decoder: Decoder) -> None:
+    """All of them, infinities and NaN included."""
+    lut = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(4, 256, 64)
+    indices = np.tile(np.arange(256, dtype=np.uint8), 4).reshape(4, 1, 256)
+    geometry = Geometry(4, 64, 256, groups=4, group_stride=64 * 256)
+    blob = Blob(8, 64, geometry, lut, np.zeros(0, np.float32), indices)
+    check(decoder, blob, "halves")
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_no_truncated_blob_is_read(dim: int, decoder: Decoder) -> None:
+    geometry = Geometry(2, 5 if dim > 1 else 6, 3, 2, 3 * (5 if dim > 1 else 6), 2, 3)
+    blob = random_blob(3, dim, geometry).to_bytes()
+    assert not isinstance(decoder.expand(blob), str)
+    for length in range(80):
+        assert decoder.expand(blob[:length]) == "the buffer is shorter than the header"
+    for length in range(80, len(blob)):
+        assert decoder.expand(blob[:length]) == "the size of the buffer is not what its header says"
+    assert decoder.expand(blob + b"\0") == "the size of the buffer is not what its header says"
+
+
+def test_any_byte_of_a_header_may_be_wrong(decoder: Decoder) -> None:
+    blob = random_blob(3, 2, Geometry(2, 5, 3, 2, 15, 5, 3)).to_bytes()
+    for offset, value in product(range(80), range(256)):
+        hostile = blob[:offset] + bytes([value]) + blob[offset + 1 :]
+        if isinstance(decoder.expand(hostile), str):
+            continue
+        # What still is a blob differs at most in where LUTs and scales take turns.
+        assert hostile == blob or offset >= FIELDS["group_stride"] or offset in (13, 24)
+
+
+Change = Callable[[Geometry], Geometry]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: replace(g, outer=0), "an extent, a stride or the number of groups is 0"),
+        (lambda g: replace(g, groups=0), "an extent, a stride or the number of groups is 0"),
+        (lambda g: replace(g, scale_stride=0), "an extent, a stride or the number of groups is 0"),
+        (lambda g: replace(g, outer=1 << 40), "the dense weight is too large"),
+        (lambda g: replace(g, size=1 << 62, inner=8), "the dense weight is too large"),
+        (lambda g: replace(g, groups=7), "the groups do not divide the weight evenly"),
+        (lambda g: replace(g, groups=2, group_stride=1 << 63), "the groups do not divide"),
+        (lambda g: replace(g, groups=2, group_stride=6), "a vector is in more than one group"),
+        (lambda g: replace(g, groups=4, group_stride=3), "a vector is in more than one group"),
+        (lambda g: replace(g, scales=5), "the scales do not divide the weight evenly"),
+        (lambda g: replace(g, scales=1 << 63, scale_stride=2), "the scales do not divide"),
+        (lambda g: replace(g, scales=2), "the size of the buffer is not what its header says"),
+    ],
+)
+def test_what_makes_no_sense_is_said(change: Change, message: str, decoder: Decoder) -> None:
+    geometry = Geometry(2, 8, 6)
+    blob = random_blob(4, 4, geometry)
+    hostile = replace(blob, geometry=change(geometry)).header() + blob.to_bytes()[80:]
+    found = decoder.expand(hostile)
+    assert isinstance(found, str)
+    assert found.startswith(message)
+
+
+def test_refuses_an_output_that_does_not_fit(decoder: Decoder) -> None:
+    blob = random_blob(4, 1, Geometry(1, 10, 1)).to_bytes()
+    for size in (0, 36, 39, 44):
+        assert decoder.expand(blob, size) == "the output has not the size of the dense weight"
+    assert decoder.expand(blob, shift=1) == "the output is not aligned to 4 bytes"
+
+
+def test_every_error_has_a_text(decoder: Decoder) -> None:
+    texts = [decoder.error(code) for code in range(16)]
+    assert len(set(texts)) == len(texts)
+    assert decoder.error(16) == decoder.error(-1) == "unknown error"
+
+
+def test_the_fuzzers_corpus(decoder: Decoder) -> None:
+    """It is what its script writes, and no file of it is a surprise."""
+    files = {file.name: file.read_bytes() for file in CORPUS.iterdir()}
+    assert files == dict(corpus())
+    for name, content in files.items():
+        assert isinstance(decoder.expand(content), str) == name.startswith("hostile"), name
