@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from dkm_export.checking.runtime import NumericClass
 from dkm_export.checkpoint import save_checkpoint
 from dkm_export.errors import InvalidInput, Unsupported
-from dkm_exporters.executorch import ExecuTorchOptions
 from dkm_export.fields import pack_fields
 from dkm_export.palette import MAX_BITS, MAX_DIM, Layout, Palette, packed_size
 from dkm_export.palettized import InputSpec, PalettizedModel
 from dkm_export.spec import LayerRule
-from dkm_exporters.executorch import ExecuTorchExporter
+from dkm_exporters.executorch import ExecuTorchExporter, ExecuTorchOptions
 from dkm_exporters.executorch.decode import Decode
 from dkm_runtimes.executorch import ExecuTorchRuntime
 from tests.zoo import IMAGE, TOKENS, lively, palettize

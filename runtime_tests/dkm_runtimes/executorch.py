@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,23 +13,25 @@ from dkm_export.errors import InvalidInput, Unsupported
 
 
 class ExecuTorchRuntime(Runtime):
-    """The stock runtime of the ``executorch`` wheel, with its portable and optimized kernels."""
+    """The runtime of the ``executorch`` wheel, with its kernels, XNNPACK and our delegate."""
 
     name = "executorch"
     target = "executorch"
     where = "native CPU"
-    packages = ("executorch",)
+    packages: ClassVar[tuple[str, ...]] = ("executorch", "cmake", "ninja")
 
     def load(self, artifact: Path) -> Session:
         """Load a program; the file is no longer needed afterwards.
 
         Raises:
-            Unsupported: when the runtime rejects the method ``forward``.
+            Unsupported: when the runtime rejects the method ``forward``, or our delegate cannot be
+                built.
             InvalidInput: when the file is missing, malformed or not written by this project.
         """
         import executorch.runtime
 
         from dkm_exporters.executorch.header import INPUTS_METHOD
+        from dkm_exporters.executorch.native import load_backend
 
         try:
             data = artifact.read_bytes()
@@ -46,11 +48,25 @@ class ExecuTorchRuntime(Runtime):
                 f"{artifact}: has no methods 'forward' and '{INPUTS_METHOD}', "
                 "so `dkm export` did not write it"
             )
+        if needs_delegate(artifact):
+            load_backend()
         try:
             names = program.load_method(INPUTS_METHOD).execute([])
             return _ExecuTorchSession(program, program.load_method("forward"), names)
         except RuntimeError as error:
             raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error
+
+
+def needs_delegate(artifact: Path) -> bool:
+    """Whether a program names our delegate.
+
+    Raises:
+        InvalidInput: when the file is malformed or not written by this project.
+    """
+    from dkm_exporters.executorch.program import ProgramFile
+    from dkm_exporters.executorch.reading import read_header
+
+    return read_header(ProgramFile(artifact)).backend == "xnnpack-lut"
 
 
 class _ExecuTorchSession(Session):

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -66,16 +67,18 @@ def build(folder: Path, settings: Sequence[str] = ()) -> None:
         Unsupported: when there is no compiler, or the code does not compile.
     """
     cmake, ninja = (_tool(name) for name in _TOOLS)
-    configure = [
-        *(cmake, "-S", str(SOURCES), "-B", str(folder), "-G", "Ninja"),
-        *(f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Release"),
-        f"-Dexecutorch_DIR={package() / 'share' / 'cmake'}",
-        *settings,
-    ]
-    for command in (configure, [cmake, "--build", str(folder)]):
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise Unsupported(_explain(result.stdout + result.stderr))
+    with tempfile.TemporaryDirectory() as work:
+        configure = [
+            *(cmake, "-S", str(SOURCES), "-B", work, "-G", "Ninja"),
+            *(f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Release"),
+            f"-Dexecutorch_DIR={package() / 'share' / 'cmake'}",
+            *settings,
+        ]
+        install = [cmake, "--install", work, "--prefix", str(folder), "--strip"]
+        for command in (configure, [cmake, "--build", work], install):
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise Unsupported(_explain(result.stdout + result.stderr))
 
 
 def package() -> Path:
