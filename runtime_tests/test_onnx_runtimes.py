@@ -274,7 +274,7 @@ def test_the_evaluator_is_not_trusted_with_grouped_transposed_convolutions(tmp_p
 
 def process_of(session: Any) -> subprocess.Popen[bytes]:
     assert isinstance(session, NodeSession)
-    return session._process
+    return session._child._process
 
 
 def test_no_process_is_left(

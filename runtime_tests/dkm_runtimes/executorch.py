@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,50 +33,56 @@ class ExecuTorchRuntime(Runtime):
 
         from dkm_exporters.executorch.header import INPUTS_METHOD
         from dkm_exporters.executorch.native import load_backend
+        from dkm_exporters.executorch.program import ProgramFile
+        from dkm_exporters.executorch.reading import read_header
 
+        backend = read_header(ProgramFile(artifact)).backend
+        if backend == "xnnpack-lut":
+            load_backend()
+        folder = TemporaryDirectory()
         try:
-            data = artifact.read_bytes()
-        except OSError as error:
-            raise InvalidInput(f"{artifact}: cannot be read: {error.strerror}") from error
-        try:
-            program = executorch.runtime.Runtime.get().load_program(data)
+            program = executorch.runtime.Runtime.get().load_program(
+                artifact.read_bytes(), data_path=expand_weights(artifact, Path(folder.name))
+            )
         except RuntimeError as error:
             raise InvalidInput(
                 f"{artifact}: not a whole ExecuTorch program: {error}: export it again"
             ) from error
-        if not {"forward", INPUTS_METHOD} <= program.method_names:
-            raise InvalidInput(
-                f"{artifact}: has no methods 'forward' and '{INPUTS_METHOD}', "
-                "so `dkm export` did not write it"
-            )
-        if needs_delegate(artifact):
-            load_backend()
         try:
             names = program.load_method(INPUTS_METHOD).execute([])
-            return _ExecuTorchSession(program, program.load_method("forward"), names)
+            forward = program.load_method("forward")
         except RuntimeError as error:
             raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error
+        return _ExecuTorchSession(program, forward, names, folder)
 
 
-def needs_delegate(artifact: Path) -> bool:
-    """Whether a program names our delegate.
+def expand_weights(artifact: Path, folder: Path) -> Path | None:
+    """Do what an app does when it is installed; None where all weights are in the program.
 
     Raises:
-        InvalidInput: when the file is malformed or not written by this project.
+        InvalidInput: when the file with the packed weights is malformed.
     """
-    from dkm_exporters.executorch.program import ProgramFile
-    from dkm_exporters.executorch.reading import read_header
+    from dkm_exporters.executorch.options import WEIGHTS_SUFFIX
+    from dkm_exporters.executorch.weights_file import WeightsFile
 
-    return read_header(ProgramFile(artifact)).backend == "xnnpack-lut"
+    packed = artifact.with_suffix(WEIGHTS_SUFFIX)
+    if not packed.is_file():
+        return None
+    weights = folder / "weights.ptd"
+    WeightsFile.read(packed).expand(weights)
+    return weights
 
 
 class _ExecuTorchSession(Session):
     numeric_class = NumericClass.FP32
 
-    def __init__(self, program: Any, forward: Any, inputs: list[str]) -> None:
+    def __init__(
+        self, program: Any, forward: Any, inputs: list[str], folder: TemporaryDirectory[str]
+    ) -> None:
         self._program = program  # owns the bytes that the method reads
         self._forward = forward
         self._inputs = inputs
+        self._folder = folder  # has what the program reads besides
 
     def run(self, inputs: Arrays) -> list[npt.NDArray[Any]]:
         import torch

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dkm_export.exporting import Capabilities, Exporter
+from dkm_exporters.executorch.options import WEIGHTS_SUFFIX
 from dkm_exporters.executorch.options import ExecuTorchOptions as ExecuTorchOptions
 
 if TYPE_CHECKING:
@@ -36,9 +37,14 @@ class ExecuTorchExporter(Exporter[ExecuTorchOptions]):
         """
         from dkm_exporters.executorch.lowering import lower
 
-        path = folder / f"{model.source.name}{self.suffix}"
-        path.write_bytes(lower(module, model, options))
-        return path
+        for suffix, content in lower(module, model, options).items():
+            (folder / f"{model.source.name}{suffix}").write_bytes(content)
+        return folder / f"{model.source.name}{self.suffix}"
+
+    def files(self, artifact: Path) -> list[Path]:
+        """The program, and its packed weights when they are a file of their own."""
+        beside = artifact.with_suffix(WEIGHTS_SUFFIX)
+        return [artifact, beside] if beside.is_file() else [artifact]
 
     def read_palettes(self, artifact: Path) -> dict[str, Palette]:
         """Decode every palette, without its scale, as the program's own instructions decode it.

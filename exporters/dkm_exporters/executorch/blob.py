@@ -16,13 +16,15 @@ import numpy.typing as npt
 
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
-from dkm_export.palette import Layout, Palette, lut_size, pack, packed_size, unpack
+from dkm_export.palette import MAX_BITS, Layout, Palette, lut_size, pack, packed_size, unpack
 
 _MAGIC: Final = b"DKM-LUT\0"
 _VERSION: Final = 1
 _HEADER: Final = struct.Struct("<8sIBBH8Q")
 
-_ORDERS: Final = {
+_Order = tuple[int, ...]
+
+_ORDERS: Final[dict[int, list[_Order]]] = {
     1: [(0,)],
     2: [(0, 1), (1, 0)],
     3: [(0, 2, 1), (1, 2, 0), (0, 1, 2)],
@@ -35,19 +37,18 @@ A convolution's are output, height, width, input; a depthwise or transposed one'
 """
 
 
-def weight_keys(palette: Palette) -> dict[str, tuple[int, ...]]:
+def weight_keys(palette: Palette) -> dict[str, _Order]:
     """The order of axes by the key of the weight in it: what XNNPACK's lowering calls the data."""
     dense = palette.dense()
     return {_key(dense, order): order for order in _ORDERS[dense.ndim]}
 
 
-def write_blob(palette: Palette, order: tuple[int, ...]) -> bytes:
+def write_blob(palette: Palette, order: _Order) -> bytes:
     """The palette of a weight, with its scale, for the axes of the weight in ``order``."""
     indices = np.ascontiguousarray(palette.indices.transpose(order))
     scale = b"" if palette.scale is None else palette.scale.tobytes()
-    return b"".join(
-        (_header(palette, order), palette.lut.tobytes(), scale, pack(indices, palette.bits))
-    )
+    packed = pack(indices, palette.bits).tobytes()
+    return b"".join((_header(palette, order), palette.lut.tobytes(), scale, packed))
 
 
 def read_blob(blob: bytes, key: str, entry: PaletteEntry) -> Palette:
@@ -69,11 +70,54 @@ def read_blob(blob: bytes, key: str, entry: PaletteEntry) -> Palette:
     raise InvalidInput("the packed weight is not what the program calls it")
 
 
-def _key(dense: npt.NDArray[np.float32], order: tuple[int, ...]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(dense.transpose(order))).hexdigest()
+def expanded_size(blob: bytes) -> int:
+    """Bytes of the weight that a blob expands to.
+
+    Raises:
+        InvalidInput: when the blob is too short for its header, or is none.
+    """
+    if len(blob) < _HEADER.size or not blob.startswith(_MAGIC):
+        raise InvalidInput("not a packed weight")
+    outer, size, inner = _HEADER.unpack_from(blob)[5:8]
+    nbytes: int = 4 * outer * size * inner
+    return nbytes
 
 
-def _header(palette: Palette, order: tuple[int, ...]) -> bytes:
+def expand_blob(blob: bytes) -> npt.NDArray[np.float32]:
+    """The weight in the order that its consumer wants, flat: what the native code computes.
+
+    Raises:
+        InvalidInput: when the blob is malformed.
+    """
+    expanded_size(blob)
+    _, version, bits, dim, _, *sizes, _ = _HEADER.unpack_from(blob)
+    outer, size, inner, groups, group_stride, scales, scale_stride = sizes
+    if version != _VERSION or not 1 <= bits <= MAX_BITS or dim < 1 or 0 in sizes[:5]:
+        raise InvalidInput("the header of the packed weight is malformed")
+    along = -(-size // dim)
+    luts, packed = 2 * groups * dim << bits, packed_size(outer * along * inner, bits)
+    if len(blob) != _HEADER.size + luts + 4 * scales + packed:
+        raise InvalidInput("the packed weight is of another size than its header says")
+    lut = np.frombuffer(blob, np.float16, luts // 2, _HEADER.size).astype(np.float32)
+    codes = unpack(
+        np.frombuffer(blob, np.uint8, packed, len(blob) - packed), bits, outer * along * inner
+    )
+    element = np.arange(outer * size * inner).reshape(outer, size, inner)
+    group = element[:, ::dim] // group_stride % groups
+    vectors = lut.reshape(groups, -1, dim)[group, codes.reshape(group.shape)]
+    padded = np.moveaxis(vectors, 3, 2).reshape(outer, along * dim, inner)
+    weight = np.ascontiguousarray(padded[:, :size])
+    if scales:
+        scale = np.frombuffer(blob, np.float32, scales, _HEADER.size + luts)
+        weight *= scale[element // max(scale_stride, 1) % scales]
+    return weight.reshape(-1)
+
+
+def _key(dense: npt.NDArray[np.float32], order: _Order) -> str:
+    return hashlib.sha256(np.ascontiguousarray(dense.transpose(order)).data).hexdigest()
+
+
+def _header(palette: Palette, order: _Order) -> bytes:
     layout = palette.layout
     shape = [layout.shape[axis] for axis in order]
 
@@ -100,7 +144,7 @@ def _scale_axis(palette: Palette) -> int:
     return max(range(len(sizes)), key=lambda axis: sizes[axis])
 
 
-def _read(blob: bytes, bits: int, layout: Layout, order: tuple[int, ...]) -> Palette | None:
+def _read(blob: bytes, bits: int, layout: Layout, order: _Order) -> Palette | None:
     """The palette, or None when the blob is none of this layout in this order."""
     luts, packed = lut_size(layout, bits), packed_size(layout.vectors, bits)
     scales, rest = divmod(len(blob) - _HEADER.size - luts - packed, 4)

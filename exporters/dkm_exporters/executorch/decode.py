@@ -159,7 +159,7 @@ def decode_rows(module: nn.Module, name: str, palette: Palette) -> None:
     layer = module.get_submodule(name.rpartition(".")[0])
     rows = RowDecode(palette)
     layer.add_module("dkm_rows", rows)
-    layer.forward = lambda tokens: rows(tokens)  # type: ignore[method-assign]
+    layer.forward = lambda tokens: rows(tokens)
 
 
 def decode_weight(module: nn.Module, name: str, palette: Palette) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from dkm_exporters.executorch.decode import (
     looks_up_rows,
 )
 from dkm_exporters.executorch.header import INPUTS_METHOD, PALETTES_METHOD, Header
-from dkm_exporters.executorch.options import ExecuTorchOptions
+from dkm_exporters.executorch.options import WEIGHTS_SUFFIX, ExecuTorchOptions
+from dkm_exporters.executorch.weights_file import WeightsFile
 from dkm_exporters.executorch.xnnpack import (
     constant_keys,
     delegates,
@@ -34,14 +36,20 @@ from dkm_exporters.executorch.xnnpack import (
     is_delegate_call,
     keys_of,
     parameters_of,
+    take_out,
     to_xnnpack,
 )
 
 _EMBEDDING = edge_ops.edge.aten.embedding.default
 
 
-def lower(module: nn.Module, model: PalettizedModel, options: ExecuTorchOptions) -> bytes:
+def lower(
+    module: nn.Module, model: PalettizedModel, options: ExecuTorchOptions
+) -> dict[str, bytes]:
     """Lower ``module``, which is changed, to a program.
+
+    Returns:
+        Contents of files by their suffix: the program, and what it needs beside it.
 
     Raises:
         Unsupported: when a library cannot express the model, no stock kernel runs an operator, or
@@ -57,19 +65,25 @@ def lower(module: nn.Module, model: PalettizedModel, options: ExecuTorchOptions)
         weights.decode(palettes)
         program = _export(module, inputs, model.source, options)
         with _explained("ExecuTorch"):
-            edge = to_edge(program)
-        packed: dict[str, list[str]] = {}
+            edge, packed = to_edge(program), _Packed()
     else:
         edge, packed = _delegate(module, inputs, model.source, weights, options)
+    program = edge.exported_program()
+    files = {}
+    if options.backend == "xnnpack-lut":
+        exchange(program, packed.blobs)
+    elif options.backend == "xnnpack-ptd":
+        take_out(program, packed.blobs)
+        files[WEIGHTS_SUFFIX] = WeightsFile.of(packed.blobs).to_bytes()
     header = Header(
         backend=options.backend,
         layers={name: PaletteEntry.of(palette) for name, palette in palettes.items()},
-        decodes=tuple(_decodes(edge.exported_program(), weights, packed)),
+        decodes=tuple(_decodes(program, weights, packed.names)),
     )
     _check_decoded(header)
     with _explained("ExecuTorch"):
         lowered = EdgeProgramManager(
-            {"forward": edge.exported_program()},
+            {"forward": program},
             {
                 PALETTES_METHOD: header.model_dump_json(),
                 INPUTS_METHOD: [spec.name for spec in model.source.inputs],
@@ -77,7 +91,20 @@ def lower(module: nn.Module, model: PalettizedModel, options: ExecuTorchOptions)
             edge.compile_config,
         ).to_executorch()
     _check_operators(lowered.executorch_program)
-    return bytes(lowered.buffer)
+    return {".pte": bytes(lowered.buffer), **files}
+
+
+@dataclass
+class _Packed:
+    """The palettized weights that delegates take, by their key.
+
+    Attributes:
+        blobs: as `write_blob` makes them.
+        names: of the parameters that are this weight.
+    """
+
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
 
 
 class _Weights:
@@ -169,12 +196,8 @@ def _delegate(
     source: ModelSource,
     weights: _Weights,
     options: ExecuTorchOptions,
-) -> tuple[EdgeProgramManager, dict[str, list[str]]]:
-    """Lower to XNNPACK, with palettes in place of the weights that it takes.
-
-    Returns:
-        The program; and by the key of a weight in it, the parameters that are this weight.
-    """
+) -> tuple[EdgeProgramManager, _Packed]:
+    """Lower to XNNPACK with dense weights; returns the palettes of those that it takes too."""
     orders = {name: weight_keys(palette) for name, palette in weights.palettes.items()}
     while True:
         program = _export(module, inputs, source, options)
@@ -187,19 +210,17 @@ def _delegate(
         weights.decode(dense)
         for name in dense:
             del orders[name]
-    blobs: dict[str, bytes] = {}
-    packed: dict[str, list[str]] = {}
+    packed = _Packed()
     used = set[str]().union(*(keys_of(part) for _, part in delegates(edge.exported_program())))
     for name, order in orders.items():
         for key in used & order.keys():
             blob = write_blob(weights.palettes[name], order[key])
-            if blobs.setdefault(key, blob) != blob:
+            if packed.blobs.setdefault(key, blob) != blob:
                 raise Unsupported(
-                    f"executorch: {name} and {packed[key][0]} are the same weight with different "
-                    "palettes: tie them, or set executorch.backend=portable"
+                    f"executorch: {name} and {packed.names[key][0]} are the same weight with "
+                    "different palettes: tie them, or set executorch.backend=portable"
                 )
-            packed.setdefault(key, []).append(name)
-    exchange(edge.exported_program(), blobs)
+            packed.names.setdefault(key, []).append(name)
     return edge, packed
 
 
@@ -217,14 +238,14 @@ def _left_dense(
     """
     signature = program.graph_signature
     dense = {
-        owners.get(signature.inputs_to_parameters.get(node.name, ""))
+        owners.get(signature.inputs_to_parameters.get(node.name, ""), "")
         for node in program.graph.find_nodes(op="placeholder")
         if node.users
     }
     found = set(_decoded_rows(program, owners))
     for _, part in delegates(program):
         keys = keys_of(part)
-        taken = {owners.get(name) for name in parameters_of(part)} & orders.keys()
+        taken = {owners.get(name, "") for name in parameters_of(part)} & orders.keys()
         kept = {name for name in taken if not keys.isdisjoint(orders[name])}
         dense |= taken - kept
         found |= kept
@@ -254,7 +275,7 @@ def _decoded(node: fx.Node, program: ExportedProgram, owners: Mapping[str, str])
     """The parameter that is decoded by looking vectors up in its LUT, if ``node`` does that."""
     if node.target is not _EMBEDDING:
         return None
-    table = node.args[0]
+    table: Any = node.args[0]
     # as float32, and for shared rows as scalars
     while table.op != "placeholder" and len(table.all_input_nodes) == 1:
         (table,) = table.all_input_nodes

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from dkm_export.spec import Frozen
 
-Backend = Literal["xnnpack-lut", "portable"]
+Backend = Literal["xnnpack-lut", "xnnpack-ptd", "portable"]
 """Who decodes the weights, and who computes with them."""
+
+WEIGHTS_SUFFIX: Final = ".lut"
+"""Of the file with packed weights that ``xnnpack-ptd`` puts beside the program."""
 
 
 class ExecuTorchOptions(Frozen):
@@ -17,7 +20,8 @@ class ExecuTorchOptions(Frozen):
 
     Attributes:
         backend: ``xnnpack-lut``, XNNPACK with weights that our delegate decodes when it loads the
-            program; ``portable``, stock kernels that decode them at each inference.
+            program; ``xnnpack-ptd``, XNNPACK with weights from a ``.ptd`` file that the app expands
+            once; ``portable``, stock kernels that decode weights at each inference.
         max_batch: the most samples that the app may give at once, on axis 0 of every input; None
             fixes the size to that of the model's source.
     """

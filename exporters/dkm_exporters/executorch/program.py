@@ -85,17 +85,20 @@ class ProgramFile:
             f"{self.path}: has no method '{method}', so `dkm export` did not write it"
         )
 
-    def string(self, method: str) -> str:
-        """The string that a constant method returns.
+    def strings(self, method: str) -> list[str]:
+        """The strings that a constant method returns.
 
         Raises:
-            InvalidInput: when there is no such method.
+            InvalidInput: when there is no such method, or it returns something else.
         """
-        match self.plan(method).values:
-            case [value] if isinstance(value.val, String):
-                text: str = value.val.string_val
-                return text
-        raise InvalidInput(f"{self.path}: method '{method}' does not return one string")
+        plan = self.plan(method)
+        try:
+            values = [plan.values[index].val for index in plan.outputs]
+        except IndexError:
+            values = [None]
+        if not all(isinstance(value, String) for value in values):
+            raise InvalidInput(f"{self.path}: method '{method}' does not return strings")
+        return [value.string_val for value in values]
 
     def constant(self, tensor: Any) -> npt.NDArray[Any] | None:
         """A tensor's data, read-only; None when it is no plain constant of the file.

@@ -12,7 +12,7 @@ another order, the palettes no longer agree with the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -31,7 +31,9 @@ from dkm_export.validation import explain
 from dkm_exporters.executorch.blob import read_blob
 from dkm_exporters.executorch.header import PALETTES_METHOD, Header
 from dkm_exporters.executorch.interpreter import Interpreter, Lookup, Rows, Value
+from dkm_exporters.executorch.options import WEIGHTS_SUFFIX
 from dkm_exporters.executorch.program import ProgramFile
+from dkm_exporters.executorch.weights_file import WeightsFile
 from dkm_exporters.executorch.xnnpack import BLOB_PREFIX, constant_keys
 
 
@@ -59,7 +61,7 @@ def read_header(file: ProgramFile) -> Header:
         InvalidInput: when it says nothing, or something malformed.
     """
     try:
-        header = Header.model_validate_json(file.string(PALETTES_METHOD))
+        header = Header.model_validate_json("".join(file.strings(PALETTES_METHOD)))
     except ValidationError as error:
         raise InvalidInput(f"{file.path}: {explain(error, Header)}") from error
     decoded = {name for names in header.decodes for name in names}
@@ -90,6 +92,7 @@ def _decoded(file: ProgramFile, header: Header) -> list[Palette]:
     names = (entry[0] for entry in header.decodes)
     fewest = min((layer.shape[0] for layer in header.layers.values()), default=1)
     limit = _memory_limit(file, header)
+    packed = _packed(file, header)
     try:
         for step in Interpreter(file, "forward", limit, fewest).steps():
             for value in step.takes:
@@ -102,7 +105,7 @@ def _decoded(file: ProgramFile, header: Header) -> list[Palette]:
                 lookups[lookup] = _Decode(_palette(file, header, lookup, name))
                 decodes.append(lookups[lookup])
             if step.delegate is not None:
-                decodes += _delegated(file, header, step.delegate, names)
+                decodes += _delegated(file, header, step.delegate, names, packed)
     except (IndexError, AttributeError, TypeError, ValueError) as error:
         raise InvalidInput(f"{file.path}: an instruction is malformed: export it again") from error
     for entry, found in zip_longest(header.decodes, decodes):
@@ -117,7 +120,11 @@ def _decoded(file: ProgramFile, header: Header) -> list[Palette]:
 
 
 def _delegated(
-    file: ProgramFile, header: Header, index: int, names: Iterator[str]
+    file: ProgramFile,
+    header: Header,
+    index: int,
+    names: Iterator[str],
+    packed: Callable[[str], bytes | None],
 ) -> Iterator[_Decode]:
     """The palettes of a delegate, in the order in which it asks for them."""
     try:
@@ -127,7 +134,7 @@ def _delegated(
             f"{file.path}: delegate {index} is malformed: export it again"
         ) from error
     for key in keys:
-        blob = file.named(BLOB_PREFIX + key)
+        blob = packed(key)
         if blob is None:
             continue
         name = next(names, "")
@@ -136,6 +143,19 @@ def _delegated(
             yield _Decode(read_blob(blob, key, layer), used=True)
         except InvalidInput as error:
             raise InvalidInput(f"{file.path}: {name}: {error}") from error
+
+
+def _packed(file: ProgramFile, header: Header) -> Callable[[str], bytes | None]:
+    """Finds the blob of a weight by its key."""
+    if header.backend != "xnnpack-ptd":
+        return lambda key: file.named(BLOB_PREFIX + key)
+    blobs = WeightsFile.read(file.path.with_suffix(WEIGHTS_SUFFIX)).blobs
+    for key in blobs:
+        if file.named(key) is not None:
+            raise InvalidInput(
+                f"{file.path}: has a weight that {WEIGHTS_SUFFIX} has too: export it again"
+            )
+    return blobs.get
 
 
 def _layer(file: ProgramFile, header: Header, name: str) -> PaletteEntry:
@@ -209,4 +229,5 @@ def _tokens(lookup: Lookup, source: Rows, palette: Palette) -> npt.NDArray[Any]:
     if layout.axis or layout.dim == 1:
         return source.rows
     # ``dim`` rows share their indices: which of them is said by the element of the vector
-    return source.rows * layout.dim + lookup.rows[..., 0] % layout.dim
+    tokens: npt.NDArray[Any] = source.rows * layout.dim + lookup.rows[..., 0] % layout.dim
+    return tokens

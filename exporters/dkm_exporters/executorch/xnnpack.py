@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +19,7 @@ import torch
 from executorch.backends.xnnpack import serialization
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
+from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
 from executorch.exir._serialize._flatbuffer import _flatc_decompile
 from executorch.exir._serialize._named_data_store import NamedDataStore
@@ -78,27 +79,46 @@ def keys_of(part: LoweredBackendModule) -> set[str]:
 def exchange(program: ExportedProgram, blobs: Mapping[str, bytes]) -> None:
     """Exchange the dense weights in the delegates of ``program``, in place, for palettes.
 
+    Our delegate takes XNNPACK's place.
+
     Args:
         program: as `to_xnnpack` made it.
         blobs: packed weights by the key of the dense one.
     """
+    _replace_data(program, LUT_BACKEND, {key: {BLOB_PREFIX + key: blobs[key]} for key in blobs})
+
+
+def take_out(program: ExportedProgram, keys: Iterable[str]) -> None:
+    """Take dense weights out of the delegates of ``program``, in place.
+
+    XNNPACK will look for them in a ``.ptd`` file.
+
+    Args:
+        program: as `to_xnnpack` made it.
+        keys: of the weights.
+    """
+    _replace_data(program, XnnpackBackend.__name__, {key: {} for key in keys})
+
+
+def _replace_data(
+    program: ExportedProgram, backend: str, replacements: Mapping[str, Mapping[str, bytes]]
+) -> None:
     for name, part in delegates(program):
         store = NamedDataStore()
         before = part.named_data_store_output
         for key, entry in before.pte_data.items() if before is not None else ():
-            if key in blobs:
-                store.add_named_data(BLOB_PREFIX + key, blobs[key], entry.alignment)
-            else:
-                store.add_named_data(key, before.buffers[entry.buffer_index], entry.alignment)
-        packed = LoweredBackendModule(
+            dense = {key: before.buffers[entry.buffer_index]}
+            for new, data in replacements.get(key, dense).items():
+                store.add_named_data(new, data, entry.alignment)
+        replaced = LoweredBackendModule(
             part.original_module,
-            LUT_BACKEND,
+            backend,
             part.processed_bytes,
             part.compile_specs,
             store.get_named_data_store_output(),
         )
-        packed.meta = part.meta
-        setattr(program.graph_module, name, packed)
+        replaced.meta = part.meta
+        setattr(program.graph_module, name, replaced)
 
 
 def constant_keys(processed: bytes) -> list[str]:

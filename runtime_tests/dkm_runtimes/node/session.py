@@ -8,26 +8,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import tempfile
-import threading
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dkm_export.checking.runtime import Arrays, Session
 from dkm_export.errors import InvalidInput, Unsupported
+from dkm_runtimes.child import Child
 from dkm_runtimes.precision import numeric_class_of
 
 _RUNNER = Path(__file__).with_name("runner.mjs")
 
-
-_PATIENCE = 600
-"""Seconds that one inference may take; then the process is killed, which ends the wait."""
 
 _LONGEST_HEADER = 1 << 20
 
@@ -49,18 +43,8 @@ class NodeSession(Session):
 
     def __init__(self, package: str, folder: Path) -> None:
         self._package = package
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 a pipe that nobody reads would fill up
         node = shutil.which("node") or "node"
-        try:
-            self._process = subprocess.Popen(
-                [node, str(_RUNNER), package, str(folder)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-            )
-        except OSError as error:
-            raise Unsupported(f"{package}: {node} does not start: {error.strerror}") from error
-        weakref.finalize(self, _end, self._process, self._log)
+        self._child = Child(f"{package}: node", [node, str(_RUNNER), package, str(folder)])
         try:
             self._receive()
         except (NodeError, InvalidInput) as error:
@@ -98,61 +82,22 @@ class NodeSession(Session):
             raise InvalidInput(f"{self._package}: fails on these inputs: {error}") from error
         return [
             np.frombuffer(
-                self._read(tensor["bytes"]), np.dtype(tensor["type"]).newbyteorder("<")
+                self._child.read(tensor["bytes"]), np.dtype(tensor["type"]).newbyteorder("<")
             ).reshape(tensor["shape"])
             for tensor in reply["outputs"]
         ]
 
     def _send(self, header: dict[str, Any], payload: Sequence[bytes] = ()) -> None:
         document = json.dumps(header).encode()
-        stdin = self._process.stdin
-        assert stdin is not None
-        try:
-            for part in (len(document).to_bytes(4, "little"), document, *payload):
-                stdin.write(part)
-            stdin.flush()
-        except OSError as error:
-            raise self._ended() from error
+        self._child.write(len(document).to_bytes(4, "little"), document, *payload)
 
     def _receive(self) -> dict[str, Any]:
         """The header of a reply; the bytes that it announces are still to be read."""
-        watchdog = threading.Timer(_PATIENCE, self._process.kill)
-        watchdog.daemon = True
-        watchdog.start()
-        try:
-            length = int.from_bytes(self._read(4), "little")
+        with self._child.awaited():
+            length = int.from_bytes(self._child.read(4), "little")
             if length > _LONGEST_HEADER:
                 raise InvalidInput(f"{self._package}: something else writes to node's output")
-            header: dict[str, Any] = json.loads(self._read(length))
-        finally:
-            watchdog.cancel()
+            header: dict[str, Any] = json.loads(self._child.read(length))
         if "error" in header:
             raise NodeError(" ".join(header["error"].split()))
         return header
-
-    def _read(self, count: int) -> bytes:
-        stdout = self._process.stdout
-        assert stdout is not None
-        data = stdout.read(count)
-        if len(data) < count:
-            raise self._ended()
-        return data
-
-    def _ended(self) -> InvalidInput:
-        """The error for a process that is gone, with the last that it said."""
-        code = self._process.wait()
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").split("\n")
-        last = next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
-        return InvalidInput(f"{self._package}: node ended with code {code}{last}")
-
-
-def _end(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout, log):
-        assert stream is not None
-        try:
-            stream.close()
-        except OSError:  # unsent bytes, to a process that is gone
-            continue

@@ -92,8 +92,8 @@ def package() -> Path:
 def _version() -> str:
     """Of ExecuTorch, and a hash of our sources and of the place that the code is linked against."""
     digest = hashlib.sha256(str(package()).encode())
-    for file in sorted(SOURCES.glob("*")):
-        if file.is_file():
+    for file in sorted(SOURCES.iterdir()):
+        if file.suffix in (".cpp", ".h", ".txt"):
             digest.update(file.name.encode() + file.read_bytes())
     return f"{metadata.version('executorch')}-{digest.hexdigest()[:16]}"
 
