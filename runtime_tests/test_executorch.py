@@ -1,4 +1,4 @@
-"""The ExecuTorch exporter: palettes bit for bit in the file and in the runtime, and bad files."""
+"""ExecuTorch programs for stock kernels: palettes bit for bit in file and runtime, bad files."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from tests.zoo import IMAGE, TOKENS, lively, palettize
 REPOSITORY = Path(__file__).parents[1]
 HERE = "runtime_tests.test_executorch"
 ROWS = (InputSpec(name="rows", shape=(3, 16)),)
+PORTABLE = ExecuTorchOptions(backend="portable")
 VOLUME = (InputSpec(name="volume", shape=(1, 2, 4, 4, 4)),)
 
 LAYOUTS = {
@@ -120,7 +121,7 @@ def volumes() -> nn.Module:
 
 
 def lower(model: PalettizedModel, folder: Path) -> Path:
-    return ExecuTorchExporter().lower(model, model.build(), folder, ExecuTorchOptions())
+    return ExecuTorchExporter().lower(model, model.build(), folder, PORTABLE)
 
 
 def read(artifact: Path) -> dict[str, Palette]:
@@ -201,8 +202,10 @@ def test_program_holds_and_computes_the_palettes(
     artifact = lower(model, tmp_path)
     assert artifact.name == f"{factory}.pte"
     data = artifact.read_bytes()
-    for palette in model.palettes.values():
-        assert pack_fields(palette.indices.reshape(-1), palette.bits).tobytes() in data
+    for name, palette in model.palettes.items():
+        rows = name.startswith("embedding")
+        indices = palette.indices if rows else palette.indices.reshape(-1)
+        assert pack_fields(indices, palette.bits).tobytes() in data
         assert palette.lut.tobytes() in data
     assert not differing(model, artifact)
     assert worst_error(model, artifact) <= 1e-5
@@ -237,10 +240,10 @@ def test_same_bytes_in_another_process_and_folder(
         "import sys; sys.path.append(sys.argv[1])\n"
         "from pathlib import Path\n"
         "from dkm_export.checkpoint import load_checkpoint\n"
-        "from dkm_exporters.executorch import ExecuTorchOptions\n"
-        "from dkm_exporters.executorch import ExecuTorchExporter\n"
+        "from dkm_exporters.executorch import ExecuTorchExporter, ExecuTorchOptions\n"
         "model = load_checkpoint(Path('model.dkm.safetensors'))\n"
-        "ExecuTorchExporter().lower(model, model.build(), Path('.'), ExecuTorchOptions())"
+        "ExecuTorchExporter().lower(model, model.build(), Path('.'), "
+        "ExecuTorchOptions(backend='portable'))"
     )
     subprocess.run([sys.executable, "-c", script, str(REPOSITORY)], cwd=folder, check=True)
     assert (folder / original.name).read_bytes() == original.read_bytes()
@@ -297,8 +300,8 @@ def test_a_decode_without_use_is_no_palette(artifact: Path) -> None:
 
 def test_a_header_in_another_order_is_seen(model: PalettizedModel, artifact: Path) -> None:
     data = artifact.read_bytes()
-    order = b'"decodes":["stem.0.weight","depthwise.weight","up.weight","line.weight"'
-    other = b'"decodes":["stem.0.weight","depthwise.weight","line.weight","up.weight"'
+    order = b'"decodes":[["stem.0.weight"],["depthwise.weight"],["up.weight"],["line.weight"]'
+    other = b'"decodes":[["stem.0.weight"],["depthwise.weight"],["line.weight"],["up.weight"]'
     assert data.count(order) == 1
     artifact.write_bytes(data.replace(order, other))
     with pytest.raises(InvalidInput, match=r"line\.weight: \d+ indices into 64 LUT entries"):
