@@ -17,7 +17,6 @@
 #include <new>
 #include <string>
 #include <string_view>
-#include <utility>
 
 #include "lut_blob.h"
 
@@ -97,7 +96,7 @@ class LutDataMap final : public et::NamedDataMap {
     if (dense.data() == nullptr) return refused(key, LutError::kNoMemory);
     // Its own const is the buffer's promise to readers, who come later.
     ET_CHECK_OK_OR_RETURN_ERROR(expand_blob(key, blob, const_cast<void*>(dense.data())));
-    return et::Result<et::FreeableBuffer>(std::move(dense));
+    return dense;
   }
 
   et::Error load_data_into(std::string_view key, void* buffer, std::size_t size) const override {
