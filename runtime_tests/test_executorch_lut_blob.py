@@ -91,15 +91,16 @@ def test_expands_what_does_not_fit_into_the_cache(bits: int, decoder: Decoder) -
     for dim in DIMS:
         size = 2 * dim
         many = 20_000 // size + 1
+        wide = many // 8 * 8 + 8
         for seed, geometry in enumerate(
             (
-                Geometry(1, size, many + many % 8, scales=size, scale_stride=many + many % 8),
+                Geometry(1, size, wide, scales=size, scale_stride=wide),
                 Geometry(1, size, many | 1),
-                Geometry(1, size, 4104, groups=2, group_stride=dim * 4104),
-                Geometry(1, size, 3 << 12, groups=2, group_stride=3 << 11),
+                Geometry(1, size, wide, groups=2, group_stride=dim * wide),
+                Geometry(1, size, 2 * wide, groups=2, group_stride=wide),
                 Geometry(many, size, 1, scales=size),
                 Geometry(many, size + 1, 1),
-                Geometry(3, size + 1, 1 << 12),
+                Geometry(3, size + 1, wide),
             )
         ):
             check(decoder, random_blob(bits, dim, geometry, seed), f"{geometry} dim {dim}")

@@ -37,15 +37,17 @@ class Header {
 
   std::uint64_t get(Extent extent) const {
     std::uint64_t value = 0;
-    std::memcpy(&value, data_ + 16 + 8 * extent, sizeof(value));
+    std::memcpy(&value, data_ + offset(extent), sizeof(value));
     return value;
   }
 
   void set(Extent extent, std::uint64_t value) {
-    std::memcpy(data_ + 16 + 8 * extent, &value, sizeof(value));
+    std::memcpy(data_ + offset(extent), &value, sizeof(value));
   }
 
  private:
+  static std::size_t offset(Extent extent) { return 16 + 8 * static_cast<std::size_t>(extent); }
+
   std::uint8_t* data_;
 };
 
@@ -87,7 +89,8 @@ float reference(const dkm::LutBlob& blob, std::uint64_t e) {
 }
 
 bool same(float left, float right) {
-  return std::memcmp(&left, &right, sizeof(left)) == 0 || (std::isnan(left) && std::isnan(right));
+  return std::isnan(left) ? std::isnan(right)
+                          : left == right && std::signbit(left) == std::signbit(right);
 }
 
 void require(bool condition, const char* what) {

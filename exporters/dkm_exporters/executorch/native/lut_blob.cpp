@@ -262,8 +262,10 @@ LutError parse(const void* data, std::size_t data_size, LutBlob& blob) noexcept 
     return LutError::kEmpty;
   }
   std::uint64_t elements = 0;
+  // Less than an address space, so that who allocates can add to it.
   constexpr auto kMaxElements =
-      std::min<std::uint64_t>(kMaxBytes, std::numeric_limits<std::size_t>::max()) / sizeof(float);
+      std::min<std::uint64_t>(kMaxBytes, std::numeric_limits<std::ptrdiff_t>::max() / 2) /
+      sizeof(float);
   if (!multiply(blob.outer, blob.size, elements) || !multiply(elements, blob.inner, elements) ||
       elements > kMaxElements) {
     return LutError::kTooLarge;
@@ -458,7 +460,7 @@ void LutExpander::scale_run(float* values, std::uint64_t element,
   Turns channel(blob_.scales, blob_.scale_stride, element);
   while (count > 0) {
     const std::size_t run = channel.run(count);
-    const float factor = scale_[channel.current()];
+    const float factor = scale_.get()[channel.current()];
     for (std::size_t k = 0; k < run; ++k) values[k] *= factor;
     channel.advance(run);
     values += run;

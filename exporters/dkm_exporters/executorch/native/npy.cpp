@@ -87,7 +87,7 @@ Array read_npy(const std::string& path) {
                                               })) {
     throw error(path, "is not an .npy file of version 1.0");
   }
-  const std::size_t start = kPrefix + content[8] + 256U * content[9];
+  const std::size_t start = kPrefix + content[8] + std::size_t{256} * content[9];
   if (content.size() < start) throw error(path, "is truncated");
   const std::string header(content.begin() + static_cast<std::ptrdiff_t>(kPrefix),
                            content.begin() + static_cast<std::ptrdiff_t>(start));
