@@ -13,15 +13,15 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import onnx
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.full_size import FULL_SIZE, LENGTH, Network
 from benchmarks.measuring import (
     duration,
     machine,
@@ -32,20 +32,15 @@ from benchmarks.measuring import (
     table,
     write_report,
 )
-from benchmarks.minilm import TEST_PACKAGES, sentences
-from benchmarks.networks import before_palettizing, minilm_folder, without_data
 from dkm_export import ModelSource, PalettizedModel
 from dkm_export.files import files_below
 from dkm_export.quiet import quiet
-from dkm_export.training.stage import run_recipe
 from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 from dkm_exporters.onnx.ort import OrtExporter
-from dkm_models.text import Tokenizer
 
 REPORT = Path(__file__).with_suffix(".md")
 WORKER = str(Path(__file__).with_name("onnx_sessions.py"))
 
-LENGTH = 128
 ROUNDS = 7
 SECONDS = 3.0
 """For which a process runs a network again and again."""
@@ -113,53 +108,9 @@ class Cost(BaseModel):
     error: float
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network before and after it was palettized.
-
-    Attributes:
-        module: before, in eval mode.
-        model: after.
-        samples: what goes in.
-        config: bits/dim, and what else a reader should know.
-    """
-
-    module: nn.Module
-    model: PalettizedModel
-    samples: Sequence[tuple[Tensor, ...]]
-    config: str
-
-
-def _palettized(name: str, config: str, settings: Sequence[str] = ()) -> Network:
-    """By a recipe, with random weights."""
-    recipe = without_data(name, settings)
-    model, _ = run_recipe(recipe, lambda *status: None)
-    generator = torch.Generator().manual_seed(1)
-    samples = [tuple(spec.random(generator) for spec in model.source.inputs) for _ in range(4)]
-    return Network(before_palettizing(recipe), model, samples, f"{config}, random weights")
-
-
-def _minilm() -> Network:
-    folder, bits = minilm_folder(), "4/1"
-    inputs = ",".join(
-        f"{{name='{name}',shape=[1,{LENGTH}],dtype='int32',high={high}}}"
-        for name, high in (("token_ids", 30522), ("mask", 2))
-    )
-    settings = [f"model.inputs=[{inputs}]", "compression.rules=[{bits=4}]"]
-    if folder is None:
-        return _palettized("sentence_encoder", bits, settings)
-    recipe = without_data("sentence_encoder", settings, folder)
-    model, _ = run_recipe(recipe, lambda *status: None)
-    prose = sentences(TEST_PACKAGES, 64)
-    texts = [" ".join(prose[start : start + 16]) for start in range(0, len(prose), 16)]
-    token_ids, mask, _ = Tokenizer(folder, LENGTH).encode(texts)
-    samples = list(zip(token_ids[:, None], mask[:, None], strict=True))
-    return Network(before_palettizing(recipe), model, samples, f"{bits}, real weights")
-
-
 def _embedding() -> Network:
     """The words of MiniLM alone."""
-    whole = _minilm()
+    whole = FULL_SIZE["MiniLM"]()
     name = "encoder.embeddings.words.weight"
     palette = whole.model.palettes[name]
     rows, width = palette.layout.shape
@@ -177,15 +128,7 @@ def _embedding() -> Network:
     return Network(module, model, samples, whole.config)
 
 
-_FOLDED = "model.batch_norm=fold-before-training"
-
-NETWORKS: Mapping[str, Callable[[], Network]] = {
-    "MobileNet-v1": lambda: _palettized("mobilenet_v1_random", "conv 4/4, fc 4/2", [_FOLDED]),
-    "ResNet-50": lambda: _palettized("resnet50_imagenet", "conv 6/6, fc 6/4", [_FOLDED]),
-    "MiniLM": _minilm,
-    "DistilBERT": lambda: _palettized("distilbert_glue", "linear 3/1, embeddings 2/1"),
-    EMBEDDING: _embedding,
-}
+NETWORKS: Mapping[str, Callable[[], Network]] = {**FULL_SIZE, EMBEDDING: _embedding}
 
 
 def write_files(network: Network, folder: Path) -> dict[str, Path]:

@@ -10,14 +10,12 @@
 #ifdef ET_USE_THREADPOOL
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
 #endif
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include <new>
 #include <string>
 #include <string_view>
 
+#include "dense_memory.h"
 #include "lut_blob.h"
 
 namespace dkm {
@@ -28,39 +26,6 @@ namespace et = executorch::runtime;
 constexpr char kBackendName[] = "DkmXnnpackBackend";
 constexpr char kXnnpackName[] = "XnnpackBackend";
 constexpr std::string_view kLutPrefix = "dkm.lut:";
-
-constexpr std::size_t kAlignment = 64;
-// XNNPACK may read a little beyond the end of an array (XNN_EXTRA_BYTES, 128 at most).
-constexpr std::size_t kExtraBytes = 128;
-#ifdef __linux__
-// A dense weight of megabytes lives for a moment: most of its cost is the kernel's, page by page.
-constexpr std::size_t kHugePage = std::size_t{1} << 21;
-constexpr std::size_t kMinHugeBytes = 2 * kHugePage;
-#endif
-
-std::size_t alignment_of(std::size_t bytes) noexcept {
-#ifdef __linux__
-  if (bytes >= kMinHugeBytes) return kHugePage;
-#endif
-  (void)bytes;
-  return kAlignment;
-}
-
-void* allocate_dense(std::size_t bytes) noexcept {
-  void* dense =
-      ::operator new(bytes + kExtraBytes, std::align_val_t(alignment_of(bytes)), std::nothrow);
-#ifdef __linux__
-  if (dense != nullptr && bytes >= kMinHugeBytes) {
-    (void)madvise(dense, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // only faster
-  }
-#endif
-  return dense;
-}
-
-/// A FreeableBuffer's function.
-void free_dense(void* /*context*/, void* dense, std::size_t bytes) noexcept {
-  ::operator delete(dense, std::align_val_t(alignment_of(bytes)));
-}
 
 void expand(const LutExpander& expander, float* dense) noexcept {
   const std::uint64_t codes = expander.code_count();
@@ -92,10 +57,10 @@ class LutDataMap final : public et::NamedDataMap {
     LutBlob blob;
     ET_CHECK_OK_OR_RETURN_ERROR(parse_blob(key, *stored, blob));
     const std::size_t bytes = expanded_size(blob);
-    et::FreeableBuffer dense(allocate_dense(bytes), bytes, free_dense);
-    if (dense.data() == nullptr) return refused(key, LutError::kNoMemory);
-    // Its own const is the buffer's promise to readers, who come later.
-    ET_CHECK_OK_OR_RETURN_ERROR(expand_blob(key, blob, const_cast<void*>(dense.data())));
+    const DenseMemory::Piece piece = memory_.take(bytes);
+    if (piece.data == nullptr) return refused(key, LutError::kNoMemory);
+    et::FreeableBuffer dense(piece.data, bytes, DenseMemory::release, piece.context);
+    ET_CHECK_OK_OR_RETURN_ERROR(expand_blob(key, blob, piece.data));
     return dense;
   }
 
@@ -162,6 +127,8 @@ class LutDataMap final : public et::NamedDataMap {
   }
 
   const et::NamedDataMap* stored_;
+  // XNNPACK asks through a map that it may not change.
+  mutable DenseMemory memory_;
 };
 
 /// What `init` returns. It lies in the method's own memory, like XNNPACK's handle.

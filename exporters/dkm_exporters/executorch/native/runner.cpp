@@ -12,11 +12,14 @@
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor.h>
 #include <executorch/runtime/backend/interface.h>
+#ifndef __linux__
 #include <sys/resource.h>
+#endif
 
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <iostream>
 #include <optional>
 #include <sstream>
@@ -77,12 +80,18 @@ void check(et::Error error, const std::string& what) {
 
 /// The most memory that this process ever had.
 std::string peak_rss_kib() {
+#ifdef __linux__
+  // What getrusage says there is the peak of the process that started this one too.
+  std::ifstream status("/proc/self/status");
+  const std::string label = "VmHWM:";
+  for (std::string line; std::getline(status, line);) {
+    if (line.rfind(label, 0) == 0) return std::to_string(std::stoul(line.substr(label.size())));
+  }
+  return "null";
+#else
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
-#ifdef __APPLE__
   return std::to_string(usage.ru_maxrss / 1024);
-#else
-  return std::to_string(usage.ru_maxrss);
 #endif
 }
 
