@@ -41,7 +41,7 @@ void set(std::uint8_t* data, std::uint64_t value) { std::memcpy(data, &value, si
 
 std::uint64_t align(std::uint64_t size) { return (size + 63) / 64 * 64; }
 
-/// Each read is from memory of its own, so that the sanitizers see what it takes.
+/// Ends after `readable` of the bytes that it claims to have.
 class MemorySource final : public dkm::WeightsSource {
  public:
   MemorySource(const std::uint8_t* data, std::size_t size, std::size_t readable)
@@ -164,7 +164,7 @@ extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t s
   size = LLVMFuzzerMutate(data, size, max_size);
   if (size >= kHeaderSize && random() % 8 != 0) {
     repair(data, size);
-    // Most of them, and one change: the rest should be seen to fit.
+    // One number that does not fit the others.
     if (random() % 4 == 0) {
       const std::size_t table = std::min<std::size_t>(size, kHeaderSize + 4 * kEntrySize);
       data[random() % table] = static_cast<std::uint8_t>(random());

@@ -83,6 +83,14 @@ def hostile() -> Iterator[tuple[str, bytes]]:
         (old,) = struct.unpack_from("<Q", data, offset)
         for value in {0, old - 1, old + 1, old + 64, 1 << 40, (1 << 63) + old, (1 << 64) - 1}:
             yield f"{name}-{value - old:+}", changed(offset, value)
+    # a head and a weight, or two weights, whose sizes are right once their sum has overflowed
+    head = 1 << 40
+    overflowing = ENTRY.pack(b"a" * 64, head, 4, (1 << 64) - head)
+    yield "head-wrapped", HEADER.pack(b"DKM-PTD\0", 1, 1, head, head + 4) + overflowing
+    wrapped = bytearray(data)
+    for entry in (table, second):
+        wrapped[entry + ENTRY.size - 1] ^= 0x80
+    yield "blobs-wrapped", bytes(wrapped)
     yield "key", changed(table, ord("A"), 1)
     yield "blob", changed(len(data) - len(good.blobs[-1].to_bytes()), 0, 1)
 

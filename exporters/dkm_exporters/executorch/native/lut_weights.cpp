@@ -29,8 +29,8 @@ constexpr std::uint32_t kVersion = 1;
 constexpr std::uint64_t kAlignment = 64;
 // What a byte of a blob can stand for: eight indices of 64 float32.
 constexpr std::uint64_t kMaxExpansion = std::uint64_t{8} * 64 * sizeof(float);
-// So that no sum overflows.
-constexpr std::uint64_t kMaxBytes = std::uint64_t{1} << 48;
+// Of a packed file, so that no sum of what it expands to overflows.
+constexpr std::uint64_t kMaxPacked = std::uint64_t{1} << 48;
 constexpr std::size_t kPiece = 65536;
 constexpr int kNames = 16;
 
@@ -68,7 +68,7 @@ bool is_key(const unsigned char* key) noexcept {
 WeightsError read_table(WeightsSource& packed, Table& table) noexcept {
   const std::uint64_t packed_size = packed.size();
   unsigned char header[kHeaderSize];
-  if (packed_size < kHeaderSize || packed_size > kMaxBytes) return WeightsError::kSize;
+  if (packed_size < kHeaderSize || packed_size > kMaxPacked) return WeightsError::kSize;
   if (!packed.read(header, sizeof(header))) return WeightsError::kRead;
   if (std::memcmp(header, kMagic.data(), kMagic.size()) != 0) return WeightsError::kMagic;
   if (read_number<std::uint32_t>(header + 8) != kVersion) return WeightsError::kVersion;
@@ -94,10 +94,7 @@ WeightsError read_table(WeightsSource& packed, Table& table) noexcept {
     if (weight.blob_size > left) return WeightsError::kSize;
     left -= weight.blob_size;
     if (weight.offset != align(end)) return WeightsError::kPlace;
-    if (weight.dense_size / kMaxExpansion > weight.blob_size ||
-        weight.dense_size > kMaxBytes - std::min(weight.offset, kMaxBytes)) {
-      return WeightsError::kTooLarge;
-    }
+    if (weight.dense_size / kMaxExpansion > weight.blob_size) return WeightsError::kTooLarge;
     end = weight.offset + weight.dense_size;
   }
   if (left != 0) return WeightsError::kSize;
