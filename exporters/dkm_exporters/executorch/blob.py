@@ -16,7 +16,16 @@ import numpy.typing as npt
 
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
-from dkm_export.palette import MAX_BITS, Layout, Palette, lut_size, pack, packed_size, unpack
+from dkm_export.palette import (
+    MAX_BITS,
+    MAX_DIM,
+    Layout,
+    Palette,
+    lut_size,
+    pack,
+    packed_size,
+    unpack,
+)
 
 _MAGIC: Final = b"DKM-LUT\0"
 _VERSION: Final = 1
@@ -74,13 +83,10 @@ def expanded_size(blob: bytes) -> int:
     """Bytes of the weight that a blob expands to.
 
     Raises:
-        InvalidInput: when the blob is too short for its header, or is none.
+        InvalidInput: when the blob is malformed.
     """
-    if len(blob) < _HEADER.size or not blob.startswith(_MAGIC):
-        raise InvalidInput("not a packed weight")
-    outer, size, inner = _HEADER.unpack_from(blob)[5:8]
-    nbytes: int = 4 * outer * size * inner
-    return nbytes
+    outer, size, inner = _fields(blob)[2:5]
+    return 4 * outer * size * inner
 
 
 def expand_blob(blob: bytes) -> npt.NDArray[np.float32]:
@@ -89,15 +95,9 @@ def expand_blob(blob: bytes) -> npt.NDArray[np.float32]:
     Raises:
         InvalidInput: when the blob is malformed.
     """
-    expanded_size(blob)
-    _, version, bits, dim, _, *sizes, _ = _HEADER.unpack_from(blob)
-    outer, size, inner, groups, group_stride, scales, scale_stride = sizes
-    if version != _VERSION or not 1 <= bits <= MAX_BITS or dim < 1 or 0 in sizes[:5]:
-        raise InvalidInput("the header of the packed weight is malformed")
+    bits, dim, outer, size, inner, groups, group_stride, scales, scale_stride = _fields(blob)
     along = -(-size // dim)
     luts, packed = 2 * groups * dim << bits, packed_size(outer * along * inner, bits)
-    if len(blob) != _HEADER.size + luts + 4 * scales + packed:
-        raise InvalidInput("the packed weight is of another size than its header says")
     lut = np.frombuffer(blob, np.float16, luts // 2, _HEADER.size).astype(np.float32)
     codes = unpack(
         np.frombuffer(blob, np.uint8, packed, len(blob) - packed), bits, outer * along * inner
@@ -111,6 +111,25 @@ def expand_blob(blob: bytes) -> npt.NDArray[np.float32]:
         scale = np.frombuffer(blob, np.float32, scales, _HEADER.size + luts)
         weight *= scale[element // max(scale_stride, 1) % scales]
     return weight.reshape(-1)
+
+
+def _fields(blob: bytes) -> tuple[int, ...]:
+    """Bits, dim and the sizes of a header that is as the blob's length says.
+
+    So a weight has at most 2048 times as many bytes as its blob, whatever the header says.
+    """
+    if len(blob) < _HEADER.size or not blob.startswith(_MAGIC):
+        raise InvalidInput("not a packed weight")
+    _, version, bits, dim, _, *sizes, _ = _HEADER.unpack_from(blob)
+    if version != _VERSION or not 1 <= bits <= MAX_BITS or not 1 <= dim <= MAX_DIM:
+        raise InvalidInput("the header of the packed weight is malformed")
+    outer, size, inner, groups, group_stride, scales, _ = sizes
+    if 0 in (outer, size, inner, groups, group_stride):
+        raise InvalidInput("the header of the packed weight is malformed")
+    packed = packed_size(outer * -(-size // dim) * inner, bits)
+    if len(blob) != _HEADER.size + (2 * groups * dim << bits) + 4 * scales + packed:
+        raise InvalidInput("the packed weight is of another size than its header says")
+    return bits, dim, *sizes
 
 
 def _key(dense: npt.NDArray[np.float32], order: _Order) -> str:

@@ -21,13 +21,14 @@ SOURCES: Final = Path(__file__).parent
 
 BACKEND: Final = "libdkm_lut_backend.so"
 RUNNER: Final = "dkm_runner"
+EXPAND: Final = "dkm_expand"
 
 _TOOLS: Final = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
 """Packages that carry programs, and where they say that these are."""
 
 
 def built() -> Path:
-    """The folder with `BACKEND` and `RUNNER`; builds them if that was not done before.
+    """The folder with `BACKEND`, `RUNNER` and `EXPAND`; builds them if that was not done before.
 
     Raises:
         Unsupported: when they cannot be built, with the reason.
