@@ -52,10 +52,6 @@ struct DenseMemory::Block {
   std::atomic<std::size_t> users{1};
 };
 
-DenseMemory::~DenseMemory() {
-  if (block_ != nullptr) let_go(block_);
-}
-
 DenseMemory::Piece DenseMemory::take(std::size_t bytes) noexcept {
   constexpr std::size_t kOverhead = kExtraBytes + kAlignment + sizeof(Block) + kBlockBytes;
   if (bytes > SIZE_MAX - kOverhead) return {};
@@ -64,13 +60,18 @@ DenseMemory::Piece DenseMemory::take(std::size_t bytes) noexcept {
     const std::size_t whole = round_up(needed + round_up(sizeof(Block), kAlignment), kBlockBytes);
     void* memory = allocate(whole);
     if (memory == nullptr) return {};
-    if (block_ != nullptr) let_go(block_);
+    finish();
     block_ = new (memory) Block{whole};
   }
   auto* data = reinterpret_cast<unsigned char*>(block_) + block_->taken;
   block_->taken += needed;
   block_->users.fetch_add(1, std::memory_order_relaxed);
   return {data, block_};
+}
+
+void DenseMemory::finish() noexcept {
+  if (block_ != nullptr) let_go(block_);
+  block_ = nullptr;
 }
 
 void DenseMemory::release(void* context, void* /*data*/, std::size_t /*bytes*/) noexcept {

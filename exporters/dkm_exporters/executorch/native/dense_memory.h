@@ -1,4 +1,4 @@
-/// Memory for the dense weights of a delegate, which XNNPACK wants all at once and only for a moment.
+/// Memory for the dense weights of a delegate, which XNNPACK wants at once and only for a moment.
 
 #pragma once
 
@@ -12,7 +12,7 @@ namespace dkm {
 class DenseMemory {
  public:
   DenseMemory() = default;
-  ~DenseMemory();
+  ~DenseMemory() { finish(); }
   DenseMemory(const DenseMemory&) = delete;
   DenseMemory& operator=(const DenseMemory&) = delete;
 
@@ -23,6 +23,9 @@ class DenseMemory {
 
   /// The piece may outlive this.
   Piece take(std::size_t bytes) noexcept;
+
+  /// Keeps nothing for pieces to come.
+  void finish() noexcept;
 
   /// A FreeableBuffer's function, for pieces.
   static void release(void* context, void* data, std::size_t bytes) noexcept;

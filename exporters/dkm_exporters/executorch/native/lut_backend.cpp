@@ -85,6 +85,9 @@ class LutDataMap final : public et::NamedDataMap {
     return stored_->get_tensor_layout(key);
   }
 
+  /// The weights that were asked for so far are all for now.
+  void finish() noexcept { memory_.finish(); }
+
   et::Result<std::uint32_t> get_num_keys() const override {
     if (stored_ == nullptr) return std::uint32_t{0};
     return stored_->get_num_keys();
@@ -163,6 +166,7 @@ class LutBackend final : public et::BackendInterface {
                                            context.get_method_name(), &handle->data,
                                            context.runtime_specs());
     auto result = xnnpack->init(xnnpack_context, processed, compile_specs);
+    handle->data.finish();
     if (!result.ok()) {
       handle->~Handle();
       return result.error();
