@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dkm_export.exporting import Capabilities, Exporter
-from dkm_exporters.executorch.options import WEIGHTS_SUFFIX
+from dkm_exporters.executorch.options import LINKS, WEIGHTS_SUFFIX
 from dkm_exporters.executorch.options import ExecuTorchOptions as ExecuTorchOptions
 
 if TYPE_CHECKING:
@@ -45,6 +45,14 @@ class ExecuTorchExporter(Exporter[ExecuTorchOptions]):
         """The program, and its packed weights when they are a file of their own."""
         beside = artifact.with_suffix(WEIGHTS_SUFFIX)
         return [artifact, beside] if beside.is_file() else [artifact]
+
+    def notes(self, artifact: Path) -> list[str]:
+        """What the app has to link and to call for the artifact's backend."""
+        from dkm_exporters.executorch.program import ProgramFile
+        from dkm_exporters.executorch.reading import read_header
+
+        backend = read_header(ProgramFile(artifact)).backend
+        return [f"{backend}: {LINKS[backend]}"]
 
     def read_palettes(self, artifact: Path) -> dict[str, Palette]:
         """Decode every palette, without its scale, as the program's own instructions decode it.

@@ -11,6 +11,15 @@ from dkm_export.spec import Frozen
 Backend = Literal["xnnpack-lut", "xnnpack-ptd", "portable"]
 """Who decodes the weights, and who computes with them."""
 
+LINKS: Final[dict[Backend, str]] = {
+    "xnnpack-lut": "the app links XNNPACK and our delegate (docs/executorch.md), or the program "
+    "does not load",
+    "xnnpack-ptd": "the app links XNNPACK, and makes the .ptd file out of the .lut file once, with "
+    "dkm_expand or lut_weights.h",
+    "portable": "the app links portable kernels; each inference decodes all weights, which is slow",
+}
+"""What the app needs, by backend."""
+
 WEIGHTS_SUFFIX: Final = ".lut"
 """Of the file with packed weights that ``xnnpack-ptd`` puts beside the program."""
 
