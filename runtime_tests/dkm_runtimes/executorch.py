@@ -52,6 +52,9 @@ class ExecuTorchRuntime(Runtime):
             load_backend()
         try:
             names = program.load_method(INPUTS_METHOD).execute([])
+            if "init" in program.method_names:
+                # The methods of a program share their memory here.
+                program.load_method("init").execute([])
             return _ExecuTorchSession(program, program.load_method("forward"), names)
         except RuntimeError as error:
             raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from dkm_export.spec import Frozen
 
-Backend = Literal["xnnpack-lut", "portable"]
+Backend = Literal["xnnpack-lut", "xnnpack-init", "portable"]
 """Who decodes the weights, and who computes with them."""
 
 
@@ -17,7 +17,9 @@ class ExecuTorchOptions(Frozen):
 
     Attributes:
         backend: ``xnnpack-lut``, XNNPACK with weights that our delegate decodes when it loads the
-            program; ``portable``, stock kernels that decode them at each inference.
+            program; ``xnnpack-init``, the stock XNNPACK with weights that stock kernels decode
+            once, in a method that the app runs first; ``portable``, stock kernels that decode them
+            at each inference.
         max_batch: the most samples that the app may give at once, on axis 0 of every input; None
             fixes the size to that of the model's source.
     """
