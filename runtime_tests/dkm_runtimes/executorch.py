@@ -50,6 +50,9 @@ class ExecuTorchRuntime(Runtime):
             ) from error
         try:
             names = program.load_method(INPUTS_METHOD).execute([])
+            if "init" in program.method_names:
+                # The methods of a program share their memory here.
+                program.load_method("init").execute([])
             forward = program.load_method("forward")
         except RuntimeError as error:
             raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error

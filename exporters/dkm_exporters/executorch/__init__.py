@@ -54,6 +54,15 @@ class ExecuTorchExporter(Exporter[ExecuTorchOptions]):
         backend = read_header(ProgramFile(artifact)).backend
         return [f"{backend}: {LINKS[backend]}"]
 
+    def refusal(self, palette: Palette, options: ExecuTorchOptions) -> str | None:
+        """Why the backend cannot hold ``palette``, or None; convolutions alone have other ranks."""
+        if options.backend == "xnnpack-init" and len(palette.layout.shape) != 2:
+            return (
+                "is a convolution's, and XNNPACK takes a decoded weight for linear layers only; "
+                "set executorch.backend=xnnpack-lut, xnnpack-ptd or portable"
+            )
+        return super().refusal(palette, options)
+
     def read_palettes(self, artifact: Path) -> dict[str, Palette]:
         """Decode every palette, without its scale, as the program's own instructions decode it.
 

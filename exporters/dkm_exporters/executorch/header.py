@@ -14,6 +14,9 @@ PALETTES_METHOD = "dkm_palettes"
 INPUTS_METHOD = "dkm_inputs"
 """Returns the names of the inputs of ``forward``, in order."""
 
+TOKEN = "dkm_init.token"
+"""The buffer in which ``forward`` sees whether ``init`` has run; xnnpack-init has these methods."""
+
 
 class Header(Frozen):
     """The palettes of a program.
@@ -22,11 +25,14 @@ class Header(Frozen):
         backend: how weights are decoded, and by what.
         layers: by parameter name.
         decodes: the parameters that each decode of the program is for, in the order in which its
-            instructions run. A layer that is called twice is decoded twice; layers with the same
-            weight are decoded at once.
+            instructions run, those of ``init`` first. A layer that is called twice is decoded
+            twice; layers with the same weight are decoded at once.
+        buffers: what instructions of ``forward`` take of that which ``init`` has written, in order:
+            names of layers, and `TOKEN`.
     """
 
     schema_version: Literal[2] = 2
     backend: Backend
     layers: dict[str, PaletteEntry]
     decodes: tuple[tuple[str, ...], ...]
+    buffers: tuple[str, ...] = ()

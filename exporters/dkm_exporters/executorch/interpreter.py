@@ -75,14 +75,18 @@ class Step:
     """One instruction.
 
     Attributes:
-        takes: the known ones among the tensors that it takes.
+        tensors: all that it names, as in the file.
+        takes: the known ones among those that it takes.
         result: what it computes, if known.
         delegate: index of the delegate that it calls, or None.
+        into: what it copies the result into, or None.
     """
 
+    tensors: list[Any]
     takes: list[Value]
     result: Value | None = None
     delegate: int | None = None
+    into: Any = None
 
 
 class Interpreter:
@@ -107,7 +111,7 @@ class Interpreter:
     def _make_up(self, spec: Any) -> None:
         """Remember integers for a tensor of unknown ones."""
         dtype = tensor_dtype(spec) if isinstance(spec, Tensor) else None
-        if dtype in (np.int32, np.int64) and _nbytes(spec) <= self._limit:
+        if dtype in (np.int32, np.int64) and nbytes(spec) <= self._limit:
             values = np.arange(math.prod(spec.sizes), dtype=dtype) % self._below
             self._remember(spec, Value(values.reshape(spec.sizes)))
 
@@ -116,7 +120,7 @@ class Interpreter:
 
         Raises:
             InvalidInput: when a constant lies outside of the file.
-            IndexError, AttributeError: when the plan is malformed.
+            IndexError, AttributeError, ValueError: when the plan is malformed.
         """
         for chain in self._plan.chains:
             for instruction in chain.instructions:
@@ -130,22 +134,36 @@ class Interpreter:
         takes = [value for spec in specs if (value := self._argument(spec)) is not None]
         for spec in specs:  # which of them are outputs is not said
             self._forget(spec)
-        return Step([value for value in takes if isinstance(value, Value)], delegate=index)
+        tensors = [tensor for spec in specs for tensor in self._tensors(spec)]
+        known = [value for value in takes if isinstance(value, Value)]
+        return Step(tensors, known, delegate=index)
 
     def _step(self, call: Any) -> Step:
-        # An out variant takes its output last, and a second time as what it returns.
-        *specs, output, _ = [self._plan.values[index].val for index in call.args]
+        operator = self._plan.operators[call.op_index].name
+        values = [self._plan.values[index].val for index in call.args]
+        if operator == _VIEW:  # where a shape is dynamic; as any view it stays in its place
+            source, _, output = values
+            if place(source) != place(output):
+                raise ValueError("view")
+            return Step([], [])
+        if operator == _SIZE:
+            return Step(self._tensors(values[0]), [])
+        # Its output comes last: of an out variant twice, of a copy as its first argument too.
+        *specs, _, output = values
+        tensors = [tensor for spec in (*specs, output) for tensor in self._tensors(spec)]
+        if operator == _COPY:
+            specs = specs[1:]
         arguments = [self._argument(spec) for spec in specs]
-        tensors = [tensor for spec in specs for tensor in self._tensors(spec)]
-        takes = [value for value in map(self._read, tensors) if value is not None]
-        result = self._evaluate(self._plan.operators[call.op_index].name, arguments, output)
+        read = (self._read(tensor) for spec in specs for tensor in self._tensors(spec))
+        takes = [value for value in read if value is not None]
+        result = self._evaluate(operator, arguments, output)
         for spec in [output] if result is not None else [*specs, output]:
             self._forget(spec)
         if result is None:
             self._make_up(output)
         else:
             self._remember(output, result)
-        return Step(takes, result)
+        return Step(tensors, takes, result, into=output if operator == _COPY else None)
 
     def _argument(self, spec: Any) -> Any:
         """A Value, a number, a text, a list of numbers, or None for all else."""
@@ -164,7 +182,7 @@ class Interpreter:
         constant = self._file.constant(tensor)
         if constant is not None:
             return Value(constant, half=constant if constant.dtype == np.float16 else None)
-        known = self._memory.get(_place(tensor))
+        known = self._memory.get(place(tensor))
         if known is None or known.array.dtype != tensor_dtype(tensor):
             return None
         if known.array.size != math.prod(tensor.sizes):
@@ -175,7 +193,7 @@ class Interpreter:
     def _evaluate(self, operator: str, arguments: list[Any], output: Any) -> Value | None:
         kernel = _KERNELS.get(operator)
         dtype = tensor_dtype(output) if isinstance(output, Tensor) else None
-        if kernel is None or dtype is None or _nbytes(output) > self._limit:
+        if kernel is None or dtype is None or nbytes(output) > self._limit:
             return None
         if not isinstance(arguments[0], Value):
             return None  # it depends on an input
@@ -195,15 +213,15 @@ class Interpreter:
         return Value(array, half, rows[0] if rows else None, lookups[0] if lookups else None)
 
     def _remember(self, tensor: Any, value: Value) -> None:
-        self._memory[_place(tensor)] = value
+        self._memory[place(tensor)] = value
         while sum(known.array.nbytes for known in self._memory.values()) > self._limit:
             del self._memory[next(iter(self._memory))]
 
     def _forget(self, spec: Any) -> None:
         """Everything in the memory of a tensor, or of the tensors of a list, becomes unknown."""
         for tensor in self._tensors(spec):
-            area, start = _place(tensor)
-            end = start + _nbytes(tensor)
+            area, start = place(tensor)
+            end = start + nbytes(tensor)
             self._memory = {
                 (its_area, its_start): value
                 for (its_area, its_start), value in self._memory.items()
@@ -225,13 +243,13 @@ def _holds_packed_rows(table: Array) -> bool:
     return not any(np.array_equal(table, field.table()) for field in fields)
 
 
-def _place(tensor: Any) -> tuple[int, int]:
+def place(tensor: Any) -> tuple[int, int]:
     """Memory area and offset; area 0 is that of constants, where nothing is remembered."""
     details = tensor.allocation_info
     return (details.memory_id, details.memory_offset) if details is not None else (0, 0)
 
 
-def _nbytes(tensor: Any) -> int:
+def nbytes(tensor: Any) -> int:
     dtype = tensor_dtype(tensor)
     itemsize = 16 if dtype is None else dtype.itemsize  # none is larger
     count: int = math.prod(tensor.sizes)
@@ -246,6 +264,10 @@ def _embedding(out: Array, table: Array, rows: Array, *_: object) -> None:
 
 def _convert(out: Array, source: Array, *_: object) -> None:
     np.copyto(out, source, casting="unsafe")
+
+
+def _copy(out: Array, source: Array) -> None:
+    np.copyto(out, source, casting="no")
 
 
 def _add(out: Array, left: Array, right: Array, alpha: int) -> None:
@@ -285,9 +307,13 @@ def _slice(out: Array, source: Array, axis: int, start: int, end: int, step: int
 
 _EMBEDDING = "aten::embedding"
 _CONVERT = "dim_order_ops::_to_dim_order_copy"
+_COPY = "aten::copy_"
+_VIEW = "executorch_prim::et_view"
+_SIZE = "aten::sym_size"
 _KERNELS: dict[str, Callable[..., None]] = {
     _EMBEDDING: _embedding,
     _CONVERT: _convert,
+    _COPY: _copy,
     "aten::add": _add,
     "aten::mul": _multiply,
     "aten::div": _divide,

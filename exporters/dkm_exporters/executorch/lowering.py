@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from executorch.exir import EdgeProgramManager, to_edge
+from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge
 from executorch.exir.dialects._ops import ops as edge_ops
 from executorch.runtime import Runtime
 from torch import Tensor, fx, nn
@@ -19,6 +19,7 @@ from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.folding import fold_batch_norm
 from dkm_export.palette import Palette
 from dkm_export.palettized import ModelSource, PalettizedModel
+from dkm_exporters.executorch import two_methods
 from dkm_exporters.executorch.blob import weight_keys, write_blob
 from dkm_exporters.executorch.decode import (
     decode_rows,
@@ -61,35 +62,41 @@ def lower(
     palettes = fold_batch_norm(module, model.palettes, inputs, model.ties)
     weights = _Weights(module, palettes, model.ties)
     weights.decode_rows()
-    if options.backend == "portable":
-        weights.decode(palettes)
-        program = _export(module, inputs, model.source, options)
-        with _explained("ExecuTorch"):
-            edge, packed = to_edge(program), _Packed()
-    else:
-        edge, packed = _delegate(module, inputs, model.source, weights, options)
-    program = edge.exported_program()
-    files = {}
-    if options.backend == "xnnpack-lut":
-        exchange(program, packed.blobs)
-    elif options.backend == "xnnpack-ptd":
-        take_out(program, packed.blobs)
-        files[WEIGHTS_SUFFIX] = WeightsFile.of(packed.blobs).to_bytes()
+    packed, held, files = _Packed(), dict[str, str](), dict[str, bytes]()
+    config = ExecutorchBackendConfig()
+    match options.backend:
+        case "portable":
+            weights.decode(palettes)
+            exported = _export(module, inputs, model.source, options)
+            with _explained("ExecuTorch"):
+                edge = to_edge(exported)
+        case "xnnpack-init":
+            edge, held = _hold(module, inputs, model.source, weights, options)
+            config = two_methods.backend_config()
+        case "xnnpack-lut":
+            edge, packed = _delegate(module, inputs, model.source, weights, options)
+            exchange(edge.exported_program(), packed.blobs)
+        case "xnnpack-ptd":
+            edge, packed = _delegate(module, inputs, model.source, weights, options)
+            take_out(edge.exported_program(), packed.blobs)
+            files[WEIGHTS_SUFFIX] = WeightsFile.of(packed.blobs).to_bytes()
+    forward = edge.exported_program()
     header = Header(
         backend=options.backend,
         layers={name: PaletteEntry.of(palette) for name, palette in palettes.items()},
-        decodes=tuple(_decodes(program, weights, packed.names)),
+        decodes=(*((name,) for name in held.values()), *_decodes(forward, weights, packed.names)),
+        buffers=tuple(two_methods.uses(forward, held)),
     )
     _check_decoded(header)
     with _explained("ExecuTorch"):
         lowered = EdgeProgramManager(
-            {"forward": program},
+            {name: edge.exported_program(name) for name in sorted(edge.methods)},
             {
                 PALETTES_METHOD: header.model_dump_json(),
                 INPUTS_METHOD: [spec.name for spec in model.source.inputs],
             },
             edge.compile_config,
-        ).to_executorch()
+        ).to_executorch(config)
     _check_operators(lowered.executorch_program)
     return {".pte": bytes(lowered.buffer), **files}
 
@@ -188,6 +195,28 @@ def _check_outputs(program: ExportedProgram, source: ModelSource) -> None:
             f"the model returns {count} outputs, "
             f"its source names {len(source.outputs)}: {', '.join(source.outputs)}"
         )
+
+
+def _hold(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    source: ModelSource,
+    weights: _Weights,
+    options: ExecuTorchOptions,
+) -> tuple[EdgeProgramManager, dict[str, str]]:
+    """Lower to two methods.
+
+    Returns:
+        The programs of both; and by the name of each buffer that ``init`` decodes, its palette's.
+    """
+    two_methods.hold(module, weights.owners, weights.palettes)
+    program = _export(module, inputs, source, options)
+    held = two_methods.held(program, weights.owners)
+    with _explained("ExecuTorch"):
+        init = two_methods.export_init(held, weights.palettes)
+        edge = two_methods.to_two_methods(program, init, held)
+    two_methods.check_state(edge.exported_program())
+    return edge, held
 
 
 def _delegate(
@@ -297,7 +326,7 @@ def _check_operators(program: Any) -> None:
     stock = Runtime.get().operator_registry.operator_names
     for plan in program.execution_plan:
         for operator in plan.operators:
-            name = f"{operator.name}.{operator.overload}"
+            name = f"{operator.name}.{operator.overload}".removesuffix(".")
             if name not in stock:
                 raise Unsupported(
                     f"executorch: no stock kernel runs {name}; rewrite that part of the model"

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from dkm_export.spec import Frozen
 
-Backend = Literal["xnnpack-lut", "xnnpack-ptd", "portable"]
+Backend = Literal["xnnpack-lut", "xnnpack-ptd", "xnnpack-init", "portable"]
 """Who decodes the weights, and who computes with them."""
 
 LINKS: Final[dict[Backend, str]] = {
@@ -16,6 +16,8 @@ LINKS: Final[dict[Backend, str]] = {
     "does not load",
     "xnnpack-ptd": "the app links XNNPACK, and makes the .ptd file out of the .lut file once, with "
     "dkm_expand or lut_weights.h",
+    "xnnpack-init": "the app links XNNPACK and portable kernels, and executes the method init "
+    "before forward, on one Module with share_memory_arenas",
     "portable": "the app links portable kernels; each inference decodes all weights, which is slow",
 }
 """What the app needs, by backend."""
@@ -30,7 +32,8 @@ class ExecuTorchOptions(Frozen):
     Attributes:
         backend: ``xnnpack-lut``, XNNPACK with weights that our delegate decodes when it loads the
             program; ``xnnpack-ptd``, XNNPACK with weights from a ``.ptd`` file that the app expands
-            once; ``portable``, stock kernels that decode weights at each inference.
+            once; ``xnnpack-init``, XNNPACK with weights that stock kernels decode in a method that
+            the app runs first; ``portable``, stock kernels that decode weights at each inference.
         max_batch: the most samples that the app may give at once, on axis 0 of every input; None
             fixes the size to that of the model's source.
     """

@@ -22,6 +22,7 @@ from dkm_export.errors import InvalidInput
 
 _MAGIC = b"ET"
 _DTYPES: dict[Any, np.dtype[Any]] = {
+    ScalarType.BOOL: np.dtype(np.bool_),
     ScalarType.BYTE: np.dtype(np.uint8),
     ScalarType.INT: np.dtype(np.int32),
     ScalarType.LONG: np.dtype(np.int64),
@@ -135,6 +136,12 @@ class ProgramFile:
             return bytes(self._program.backend_delegate_data[place.index].data)
         except IndexError as error:
             raise InvalidInput(f"{self.path}: delegate {index} is not within the file") from error
+
+
+def buffer_name(tensor: Any) -> str:
+    """The name of the mutable buffer that a tensor of a plan is, or an empty string."""
+    extra = tensor.extra_tensor_info
+    return "" if extra is None else extra.fully_qualified_name or ""
 
 
 def tensor_dtype(tensor: Any) -> np.dtype[Any] | None:

@@ -29,6 +29,7 @@ from dkm_export.fields import unpack_fields
 from dkm_export.palette import Palette, packed_size
 from dkm_export.validation import explain
 from dkm_exporters.executorch.blob import read_blob
+from dkm_exporters.executorch.buffers import Buffers
 from dkm_exporters.executorch.header import PALETTES_METHOD, Header
 from dkm_exporters.executorch.interpreter import Interpreter, Lookup, Rows, Value
 from dkm_exporters.executorch.options import WEIGHTS_SUFFIX
@@ -79,33 +80,22 @@ def read_header(file: ProgramFile) -> Header:
 
 @dataclass
 class _Decode:
-    """A palette that the program decodes, and whether it uses the weight."""
+    """A palette that the program decodes, for whom, and whether it uses the weight."""
 
     palette: Palette
+    name: str = ""
     used: bool = False
 
 
 def _decoded(file: ProgramFile, header: Header) -> list[Palette]:
     """The palette of each of the header's decodes."""
-    lookups: dict[Lookup, _Decode] = {}
-    decodes: list[_Decode] = []
     names = (entry[0] for entry in header.decodes)
-    fewest = min((layer.shape[0] for layer in header.layers.values()), default=1)
-    limit = _memory_limit(file, header)
-    packed = _packed(file, header)
+    buffers, packed = Buffers(file), _packed(file, header)
+    decodes: list[_Decode] = []
+    methods = ("init", "forward") if header.backend == "xnnpack-init" else ("forward",)
     try:
-        for step in Interpreter(file, "forward", limit, fewest).steps():
-            for value in step.takes:
-                if value.lookup is not None:
-                    decode = lookups[value.lookup]
-                    decode.used = decode.used or _is_weight(value, value.lookup, decode.palette)
-            lookup = None if step.result is None else step.result.lookup
-            if lookup is not None and lookup not in lookups:
-                name = next(names, "")
-                lookups[lookup] = _Decode(_palette(file, header, lookup, name))
-                decodes.append(lookups[lookup])
-            if step.delegate is not None:
-                decodes += _delegated(file, header, step.delegate, names, packed)
+        for method in methods:
+            decodes += _decoded_by(file, header, method, names, buffers, packed)
     except (IndexError, AttributeError, TypeError, ValueError) as error:
         raise InvalidInput(f"{file.path}: an instruction is malformed: export it again") from error
     for entry, found in zip_longest(header.decodes, decodes):
@@ -116,7 +106,40 @@ def _decoded(file: ProgramFile, header: Header) -> list[Palette]:
                 f"{file.path}: {entry[0]}: the program does not compute this weight from a "
                 "palette: export it again"
             )
+    buffers.check(header.buffers)
     return [decode.palette for decode in decodes]
+
+
+def _decoded_by(
+    file: ProgramFile,
+    header: Header,
+    method: str,
+    names: Iterator[str],
+    buffers: Buffers,
+    packed: Callable[[str], bytes | None],
+) -> list[_Decode]:
+    """The decodes of one method."""
+    lookups: dict[Lookup, _Decode] = {}
+    decodes: list[_Decode] = []
+    fewest = min((layer.shape[0] for layer in header.layers.values()), default=1)
+    limit = _memory_limit(file, header)
+    for step in Interpreter(file, method, limit, fewest).steps():
+        for value in step.takes:
+            if value.lookup is not None:
+                decode = lookups[value.lookup]
+                decode.used = decode.used or _is_weight(value, value.lookup, decode.palette)
+        lookup = None if step.result is None else step.result.lookup
+        if lookup is not None and lookup not in lookups:
+            name = next(names, "")
+            lookups[lookup] = _Decode(_palette(file, header, lookup, name), name)
+            decodes.append(lookups[lookup])
+        if step.delegate is not None:
+            decodes += _delegated(file, header, step.delegate, names, packed)
+        if method == "init":
+            buffers.written(step, "" if lookup is None else lookups[lookup].name)
+        else:
+            buffers.taken(step)
+    return decodes
 
 
 def _delegated(
@@ -217,6 +240,8 @@ def _is_weight(value: Value, lookup: Lookup, palette: Palette) -> bool:
     weight = palette.dense()
     if lookup.source is not None:
         weight = weight[_tokens(lookup, lookup.source, palette)]
+        if weight.size == value.array.size:  # a linear layer may take all rows as one matrix
+            weight = weight.reshape(value.array.shape)
     if value.array.dtype != np.float32 or value.array.shape != weight.shape:
         return False
     # Compare bits, not values: -0.0 equals 0.0.

@@ -39,7 +39,7 @@ _INFINITE: Final = re.compile(rb":\s*(-?)inf\b")
 """A number that flatc writes as JSON does not know it: the bounds of activations without any."""
 
 
-class _Partitioner(XnnpackPartitioner):  # type: ignore[misc]
+class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
     """Leaves decodes to the portable kernels, where they are found again when the file is read."""
 
     def get_matched_nodes_from_configs(self, ep: ExportedProgram) -> list[list[fx.Node]]:
@@ -49,7 +49,7 @@ class _Partitioner(XnnpackPartitioner):  # type: ignore[misc]
 
 def to_xnnpack(program: ExportedProgram) -> EdgeProgramManager:
     """Lower with dense weights."""
-    return to_edge_transform_and_lower(program, partitioner=[_Partitioner()])
+    return to_edge_transform_and_lower(program, partitioner=[Partitioner()])
 
 
 def is_delegate_call(node: fx.Node) -> bool:

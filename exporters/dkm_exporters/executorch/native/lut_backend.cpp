@@ -7,10 +7,8 @@
 #include <executorch/runtime/backend/interface.h>
 #include <executorch/runtime/core/named_data_map.h>
 #include <executorch/runtime/platform/log.h>
-#ifdef ET_USE_THREADPOOL
-#include <executorch/runtime/kernel/thread_parallel_interface.h>
-#endif
 
+#include <cstring>
 #include <new>
 #include <string>
 #include <string_view>
@@ -27,26 +25,25 @@ constexpr char kBackendName[] = "DkmXnnpackBackend";
 constexpr char kXnnpackName[] = "XnnpackBackend";
 constexpr std::string_view kLutPrefix = "dkm.lut:";
 
-void expand(const LutExpander& expander, float* dense) noexcept {
-  const std::uint64_t codes = expander.code_count();
-#ifdef ET_USE_THREADPOOL
-  // Two threads were faster than one from twice this on, about 30 microseconds of work for each.
-  constexpr std::int64_t kMinCodesOfThread = 1 << 15;
-  const bool parallel = executorch::extension::parallel_for(
-      0, static_cast<std::int64_t>(codes), kMinCodesOfThread,
-      [&](std::int64_t begin, std::int64_t end) {
-        expander.expand(dense, static_cast<std::uint64_t>(begin), static_cast<std::uint64_t>(end));
-      });
-  if (parallel) return;
-#endif
-  expander.expand(dense, 0, codes);
+/// Of what a delegate's dense weights need in all, as an unsigned number of 64 bits.
+constexpr char kDenseBytesSpec[] = "dkm.dense_bytes";
+
+std::size_t expected_bytes(et::ArrayRef<et::CompileSpec> compile_specs) noexcept {
+  std::uint64_t bytes = 0;
+  for (const et::CompileSpec& spec : compile_specs) {
+    if (std::strcmp(spec.key, kDenseBytesSpec) == 0 && spec.value.nbytes == sizeof(bytes)) {
+      std::memcpy(&bytes, spec.value.buffer, sizeof(bytes));
+    }
+  }
+  return static_cast<std::size_t>(bytes);
 }
 
 /// A program's named data, where LUT blobs look like the dense weights that they hold.
 class LutDataMap final : public et::NamedDataMap {
  public:
   /// `stored` outlives this and may be null, as in a program without named data.
-  explicit LutDataMap(const et::NamedDataMap* stored) noexcept : stored_(stored) {}
+  LutDataMap(const et::NamedDataMap* stored, std::size_t expected_bytes) noexcept
+      : stored_(stored), memory_(expected_bytes) {}
 
   et::Result<et::FreeableBuffer> get_data(std::string_view key) const override {
     if (stored_ == nullptr) return et::Error::NotFound;
@@ -125,7 +122,8 @@ class LutDataMap final : public et::NamedDataMap {
     LutExpander expander;
     const LutError error = expander.init(blob);
     if (error != LutError::kOk) return refused(key, error);
-    expand(expander, static_cast<float*>(dense));
+    // One thread: most of the time is the memory's, and of two both would wait for it.
+    expander.expand(static_cast<float*>(dense), 0, expander.code_count());
     return et::Error::Ok;
   }
 
@@ -136,6 +134,9 @@ class LutDataMap final : public et::NamedDataMap {
 
 /// What `init` returns. It lies in the method's own memory, like XNNPACK's handle.
 struct Handle {
+  Handle(const et::NamedDataMap* stored, std::size_t expected_bytes) noexcept
+      : data(stored, expected_bytes) {}
+
   // XNNPACK asks for data in `init` alone, but its weight cache keeps a pointer to the map.
   LutDataMap data;
   et::BackendInterface* xnnpack = nullptr;
@@ -161,11 +162,12 @@ class LutBackend final : public et::BackendInterface {
     }
     void* memory = context.get_runtime_allocator()->allocate(sizeof(Handle), alignof(Handle));
     if (memory == nullptr) return et::Error::MemoryAllocationFailed;
-    auto* handle = new (memory) Handle{LutDataMap(context.get_named_data_map()), xnnpack, nullptr};
+    auto* handle = new (memory) Handle(context.get_named_data_map(), expected_bytes(compile_specs));
+    handle->xnnpack = xnnpack;
     et::BackendInitContext xnnpack_context(context.get_runtime_allocator(), context.event_tracer(),
                                            context.get_method_name(), &handle->data,
                                            context.runtime_specs());
-    auto result = xnnpack->init(xnnpack_context, processed, compile_specs);
+    auto result = xnnpack->init(xnnpack_context, processed, {});
     handle->data.finish();
     if (!result.ok()) {
       handle->~Handle();
@@ -177,6 +179,7 @@ class LutBackend final : public et::BackendInterface {
 
   et::Error execute(et::BackendExecutionContext& context, et::DelegateHandle* handle,
                     et::Span<et::EValue*> args) const override {
+    DenseMemory::forget();  // all delegates are loaded
     auto* ours = static_cast<Handle*>(handle);
     return ours->xnnpack->execute(context, ours->xnnpack_handle, args);
   }
@@ -185,6 +188,7 @@ class LutBackend final : public et::BackendInterface {
     if (handle == nullptr) return;  // after an `init` that failed
     auto* ours = static_cast<Handle*>(handle);
     ours->xnnpack->destroy(ours->xnnpack_handle);
+    DenseMemory::forget();
     ours->~Handle();
   }
 
