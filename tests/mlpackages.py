@@ -49,7 +49,7 @@ def program(
 
 def kinds(artifact: Path) -> list[str]:
     """The operators of a package, in order."""
-    from dkm_exporters.coreml.package import Package
+    from dkm_exporters.mlprogram.package import Package
 
     return [operation.kind for operation in Package(artifact).operations]
 
@@ -58,7 +58,7 @@ def run(
     artifact: Path, inputs: tuple[Tensor, ...], runtime: Runtime | None = None
 ) -> list[npt.NDArray[Any]]:
     """Outputs for inputs in the order of the program's."""
-    from dkm_exporters.coreml.package import Package
+    from dkm_exporters.mlprogram.package import Package
 
     arrays = {name: x.numpy() for name, x in zip(Package(artifact).inputs, inputs, strict=True)}
     return (runtime or CoreMLReferenceRuntime()).load(artifact).run(arrays)
