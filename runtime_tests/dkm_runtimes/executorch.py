@@ -48,7 +48,12 @@ class ExecuTorchRuntime(Runtime):
                 f"{artifact}: has no methods 'forward' and '{INPUTS_METHOD}', "
                 "so `dkm export` did not write it"
             )
-        if needs_delegate(artifact):
+        backend = _backend(artifact)
+        if backend == "coreml":
+            raise Unsupported(
+                f"{artifact}: is for the Core ML delegate, which runs on Apple systems only"
+            )
+        if backend == "xnnpack-lut":
             load_backend()
         try:
             names = program.load_method(INPUTS_METHOD).execute([])
@@ -57,8 +62,8 @@ class ExecuTorchRuntime(Runtime):
             raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error
 
 
-def needs_delegate(artifact: Path) -> bool:
-    """Whether a program names our delegate.
+def _backend(artifact: Path) -> str:
+    """The backend that a program was lowered for.
 
     Raises:
         InvalidInput: when the file is malformed or not written by this project.
@@ -66,7 +71,7 @@ def needs_delegate(artifact: Path) -> bool:
     from dkm_exporters.executorch.program import ProgramFile
     from dkm_exporters.executorch.reading import read_header
 
-    return read_header(ProgramFile(artifact)).backend == "xnnpack-lut"
+    return read_header(ProgramFile(artifact)).backend
 
 
 class _ExecuTorchSession(Session):

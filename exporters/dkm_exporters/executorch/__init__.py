@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dkm_export.errors import Unsupported
 from dkm_export.exporting import Capabilities, Exporter
+from dkm_export.plugins import missing_packages
 from dkm_exporters.executorch.options import ExecuTorchOptions as ExecuTorchOptions
+from dkm_exporters.mlprogram import PALETTES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,10 +27,29 @@ class ExecuTorchExporter(Exporter[ExecuTorchOptions]):
     capabilities = Capabilities()
     options = ExecuTorchOptions
 
+    def requires(self, model: PalettizedModel, options: ExecuTorchOptions) -> None:
+        """Refuse, before any work, what the backend cannot hold, or what it needs to be made.
+
+        Raises:
+            Unsupported: with the layer, the value and the allowed values.
+        """
+        missing = missing_packages(("coremltools",), "coreml")
+        if options.backend == "coreml" and missing:
+            raise Unsupported(f"executorch: backend=coreml: {missing}")
+        super().requires(model, options)
+
+    def refusal(self, palette: Palette, options: ExecuTorchOptions) -> str | None:
+        """Why the backend cannot hold ``palette`` and what to do about it, or None."""
+        reason = PALETTES.refusal(palette) if options.backend == "coreml" else None
+        return reason and (
+            f"backend=coreml: {reason}; change its rule in the recipe, or set "
+            "executorch.backend=xnnpack-lut or portable, which hold it"
+        )
+
     def lower(
         self, model: PalettizedModel, module: nn.Module, folder: Path, options: ExecuTorchOptions
     ) -> Path:
-        """Write ``<name>.pte``; batch norms are folded into the palettes' scales first.
+        """Write ``<name>.pte``; but for Core ML, batch norms become scales of the palettes first.
 
         Raises:
             Unsupported: when torch.export or ExecuTorch cannot express the model, no stock kernel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,8 +48,11 @@ def lower(module: nn.Module, model: PalettizedModel, options: ExecuTorchOptions)
             the model does not use a palette.
         InvalidInput: when the model returns another number of outputs than its source names.
     """
-    _check_layers(module)
     inputs = _example_inputs(model.source, options)
+    if options.backend == "coreml":
+        edge, decodes = _coreml(module, inputs, model, options)
+        return _emit(edge, model, options, model.palettes, decodes)
+    _check_layers(module)
     palettes = fold_batch_norm(module, model.palettes, inputs, model.ties)
     weights = _Weights(module, palettes, model.ties)
     weights.decode_rows()
@@ -61,10 +64,21 @@ def lower(module: nn.Module, model: PalettizedModel, options: ExecuTorchOptions)
         packed: dict[str, list[str]] = {}
     else:
         edge, packed = _delegate(module, inputs, model.source, weights, options)
+    return _emit(edge, model, options, palettes, _decodes(edge.exported_program(), weights, packed))
+
+
+def _emit(
+    edge: EdgeProgramManager,
+    model: PalettizedModel,
+    options: ExecuTorchOptions,
+    palettes: Mapping[str, Palette],
+    decodes: Iterable[tuple[str, ...]],
+) -> bytes:
+    """The file, which says which parameters each of its decodes is for."""
     header = Header(
         backend=options.backend,
         layers={name: PaletteEntry.of(palette) for name, palette in palettes.items()},
-        decodes=tuple(_decodes(edge.exported_program(), weights, packed)),
+        decodes=tuple(decodes),
     )
     _check_decoded(header)
     with _explained("ExecuTorch"):
@@ -93,7 +107,7 @@ class _Weights:
     ) -> None:
         self._module = module
         self.palettes = palettes
-        self.owners = {name: name for name in palettes} | dict(ties)
+        self.owners = _owners(palettes, ties)
 
     def decode_rows(self) -> None:
         """Let embeddings decode the rows that they look up."""
@@ -106,6 +120,11 @@ class _Weights:
         for name, owner in self.owners.items():
             if owner in names:
                 decode_weight(self._module, name, self.palettes[owner])
+
+
+def _owners(palettes: Mapping[str, Palette], ties: Mapping[str, str]) -> dict[str, str]:
+    """By each name of a palettized parameter, that of its palette."""
+    return {name: name for name in palettes} | dict(ties)
 
 
 def _check_layers(module: nn.Module) -> None:
@@ -201,6 +220,31 @@ def _delegate(
             packed.setdefault(key, []).append(name)
     exchange(edge.exported_program(), blobs)
     return edge, packed
+
+
+def _coreml(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    model: PalettizedModel,
+    options: ExecuTorchOptions,
+) -> tuple[EdgeProgramManager, list[tuple[str, ...]]]:
+    """Lower to Core ML; batch norms stay, as a palette times a scale is none to Core ML.
+
+    Returns:
+        The program, and the parameters of each decode, in order.
+    """
+    # It imports coremltools, which takes seconds and is there on some systems only.
+    from dkm_exporters.executorch.coreml import finish, to_coreml, use_constexpr
+    from dkm_exporters.executorch.ml_programs import read_part
+
+    for name, owner in _owners(model.palettes, model.ties).items():
+        use_constexpr(module, name, model.palettes[owner], owner)
+    program = _export(module, inputs, model.source, options)
+    with _explained("the Core ML delegate"):
+        edge = to_coreml(program, options.coreml_precision)
+    finish(edge.exported_program(), model.palettes, options.coreml_precision)
+    parts = (part for _, part in delegates(edge.exported_program()))
+    return edge, [(name,) for part in parts for name in read_part(part.processed_bytes, "it")]
 
 
 def _left_dense(
