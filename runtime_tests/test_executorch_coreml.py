@@ -365,8 +365,8 @@ def test_what_would_be_dense_is_refused(factory: str, message: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"bits": 5}, r"stem\.0\.weight: bits 5 .*allowed: 1, 2, 3, 4, 6, 8.*xnnpack-lut"),
-        ({"bits": 2, "dim": 5}, r"stem\.0\.weight: dim 5 does not divide.*portable"),
+        ({"bits": 5}, r"stem\.0\.weight: backend=coreml: bits 5 .*allowed: 1, 2, 3, 4, 6.*-lut"),
+        ({"bits": 2, "dim": 5}, r"stem\.0\.weight: backend=coreml: dim 5 does not.*portable"),
     ],
 )
 def test_what_core_ml_cannot_hold_is_refused(rule: dict[str, int], message: str) -> None:
