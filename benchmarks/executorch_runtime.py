@@ -1,4 +1,4 @@
-"""Load time, memory and latency of ExecuTorch programs: ``python benchmarks/executorch_runtime.py``.
+"""Load time, memory, latency of ExecuTorch programs: ``python benchmarks/executorch_runtime.py``.
 
 Networks at full size, palettized without training, beside their fp32 XNNPACK programs and those
 that torchao's 8da4w quantization makes. Writes benchmarks/executorch_runtime.md, and exits with 1
@@ -69,15 +69,15 @@ before any training; ours at these few bits needs it. MiniLM has its real weight
 text. The other networks have **random weights and inputs: their errors say little**.
 
 Every number comes from a fresh process of [our C++ runner](../docs/executorch.md#in-an-app), which
-loads programs as apps do (`Module`, mapped into memory) with as many threads as there are cores; the
-methods take turns. Load ends when `forward` is ready, and has a warm file cache. First is the first
-inference; latency is the median of all that fit into {SECONDS:.0f} seconds. Memory is the peak of
-the process's resident memory up to then. Numbers are medians over the rounds, ratios too, with
-their range.
+loads programs as apps do (`Module`, mapped into memory), with as many threads as there are cores;
+the methods take turns. Load ends when `forward` is ready, and has a warm file cache. First is the
+first inference; latency is the median of all that fit into {SECONDS:.0f} seconds. Memory is the
+peak of the process's resident memory up to then. Numbers are medians over the rounds, ratios too,
+with their range.
 """
 
 FP32, OURS = "fp32", "xnnpack-lut"
-ROUTES: Sequence[Backend] = ("xnnpack-lut", "xnnpack-ptd", "portable")
+ROUTES: Sequence[Backend] = ("xnnpack-lut", "xnnpack-ptd", "xnnpack-init", "portable")
 
 LIMITS: Mapping[str, float] = {"latency": 1.03, "load": 1.3, "peak": 1.1}
 """What ours may take, as a multiple of fp32."""
@@ -162,7 +162,7 @@ def _quantized(module: nn.Module) -> nn.Module | None:
         return None
     quantized = copy.deepcopy(module)
     config = Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int4, weight_granularity=PerGroup(32)
+        weight_dtype=torch.int4,  # type: ignore[attr-defined] weight_granularity=PerGroup(32)
     )
     quantize_(quantized, config, lambda part, _: isinstance(part, nn.Linear))
     return quantized

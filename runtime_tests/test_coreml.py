@@ -134,7 +134,7 @@ def test_palettes_and_outputs(
 
 
 def test_batch_norm_stays_separate(tmp_path: Path) -> None:
-    from dkm_exporters.coreml.package import Package
+    from dkm_exporters.mlprogram.package import Package
 
     model = palettize("tests.zoo:convolutions", IMAGE, LayerRule(bits=4))
     kinds = [operation.kind for operation in Package(lower(model, tmp_path, "fp16")).operations]
@@ -143,7 +143,7 @@ def test_batch_norm_stays_separate(tmp_path: Path) -> None:
 
 
 def test_equal_constants_are_stored_once(tmp_path: Path) -> None:
-    from dkm_exporters.coreml.package import Package, Reference
+    from dkm_exporters.mlprogram.package import Package, Reference
 
     model = palettize("tests.zoo:convolutions", IMAGE, LayerRule(bits=4))
     package = Package(lower(model, tmp_path, "fp16"))

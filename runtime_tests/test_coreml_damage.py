@@ -501,7 +501,7 @@ def test_weights_that_unpack_to_too_much_are_refused(
     limit: str, tokens: tuple[PalettizedModel, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading the palettes decodes no weight, and goes on."""
-    monkeypatch.setattr(f"dkm_exporters.coreml.constants.{limit}", 5000)
+    monkeypatch.setattr(f"dkm_exporters.mlprogram.constants.{limit}", 5000)
     assert CoreMLExporter().read_palettes(tokens[1]).keys() == tokens[0].palettes.keys()
     with pytest.raises(Unsupported, match=r"more than [14] GiB"):
         CoreMLReferenceRuntime().load(tokens[1])

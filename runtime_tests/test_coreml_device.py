@@ -25,7 +25,7 @@ from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.spec import LayerRule
 from dkm_exporters.coreml import CoreMLExporter, CoreMLOptions
 from dkm_exporters.coreml.options import ImageInput
-from dkm_exporters.coreml.package import Package
+from dkm_exporters.mlprogram.package import Package
 from dkm_runtimes.coreml import (
     CoreMLCPURuntime,
     CoreMLGPURuntime,

@@ -14,7 +14,7 @@ from dkm_export.errors import DkmWarning
 
 ct = pytest.importorskip("coremltools")
 
-from dkm_exporters.coreml.messages import model_warnings  # noqa: E402 needs coremltools
+from dkm_exporters.mlprogram.messages import model_warnings  # noqa: E402 needs coremltools
 
 
 class Divides(nn.Module):
@@ -44,7 +44,7 @@ def convert(module: nn.Module, name: str = "x") -> list[str]:
         program = torch.export.export(module.eval(), (torch.ones(1, 4),)).run_decompositions({})
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        with model_warnings():
+        with model_warnings("coreml"):
             ct.convert(
                 program,
                 inputs=[ct.TensorType(name, (1, 4))],
@@ -67,7 +67,7 @@ def test_noise_is_not(module: nn.Module, name: str) -> None:
 
 
 def test_the_noise_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dkm_exporters.coreml.messages._HARMLESS", re.compile("(?!)"))
+    monkeypatch.setattr("dkm_exporters.mlprogram.messages._HARMLESS", re.compile("(?!)"))
     said = "\n".join(convert(Clamps(), "tensor") + convert(Embeds()))
     for text in ("overflow encountered", "Saving value type", "renamed", "layer does not support"):
         assert text in said
@@ -77,7 +77,7 @@ def test_each_message_is_one_line_and_told_once() -> None:
     logger = logging.getLogger("coremltools")
     handlers = list(logger.handlers)
 
-    @model_warnings()
+    @model_warnings("coreml")
     def say() -> None:
         for _ in range(2):
             logger.warning("first %s\n  second", "line")
@@ -91,7 +91,7 @@ def test_each_message_is_one_line_and_told_once() -> None:
 
 
 def test_an_error_comes_alone() -> None:
-    @model_warnings()
+    @model_warnings("coreml")
     def fail() -> None:
         logging.getLogger("coremltools").warning("something")
         raise ValueError("wrong")

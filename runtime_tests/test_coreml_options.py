@@ -20,7 +20,7 @@ from dkm_export.exporting.export import export
 from dkm_export.palettized import BatchNorm, PalettizedModel
 from dkm_export.spec import LayerRule
 from dkm_exporters.coreml import CoreMLExporter, CoreMLOptions
-from dkm_exporters.coreml.package import Package
+from dkm_exporters.mlprogram.package import Package
 from dkm_runtimes.coreml_reference import CoreMLReferenceRuntime
 from tests.kinds import KINDS, palettize_kinds
 from tests.networks import FAMILIES, palettized

@@ -24,9 +24,9 @@ from dkm_export.checkpoint import save_checkpoint
 from dkm_export.errors import ExitCode, InvalidInput, Unsupported
 from dkm_export.exporting.export import export
 from dkm_export.spec import LayerRule
-from dkm_exporters.coreml.constants import Lut
-from dkm_exporters.coreml.package import Package
-from dkm_exporters.coreml.palettes import read_palettes
+from dkm_exporters.mlprogram.constants import Lut
+from dkm_exporters.mlprogram.package import Package
+from dkm_exporters.mlprogram.palettes import read_palettes
 from dkm_models.bert import sentence_encoder
 from dkm_runtimes.coreml_reference import CoreMLReferenceFp16Runtime, CoreMLReferenceRuntime
 from tests import zoo
@@ -325,7 +325,7 @@ def test_scaled_channels_are_the_scale_of_their_palette(tmp_path: Path) -> None:
         return mb.linear(x=x, weight=mb.constexpr_blockwise_shift_scale(data=raw, scale=scale))
 
     artifact = program(build, (x,), tmp_path)
-    (palette,) = read_palettes(artifact).values()
+    (palette,) = read_palettes(Package(artifact)).values()
     assert np.array_equal(palette.dense(), table.reshape(-1)[indices.astype(np.uint8)] * scale)
     (y,) = run(artifact, (x,))
     assert relative_l2(y, x @ torch.from_numpy(palette.dense()).T) <= 1e-6
@@ -362,8 +362,8 @@ def test_quantized_tables_of_either_order(tmp_path: Path) -> None:
         (y,) = run(artifact, (x,))
         assert relative_l2(y, x @ torch.from_numpy(expected).T) <= 1e-6
     with pytest.raises(Unsupported, match="a palette with a scale per block is not known"):
-        read_palettes(tmp_path / "after" / "theirs.mlpackage")
-    (palette,) = read_palettes(tmp_path / "before" / "theirs.mlpackage").values()
+        read_palettes(Package(tmp_path / "after" / "theirs.mlpackage"))
+    (palette,) = read_palettes(Package(tmp_path / "before" / "theirs.mlpackage")).values()
     assert (palette.bits, palette.layout.dim, palette.layout.groups) == (4, 2, 4)
     assert np.array_equal(palette.lut, (table * scale).astype(np.float16).reshape(4, 16, 2))
     assert np.array_equal(palette.dense(), expected)
@@ -382,7 +382,7 @@ def test_a_scaled_table_beyond_float16_is_no_palette(tmp_path: Path) -> None:
         return mb.linear(x=x, weight=weight)
 
     with pytest.raises(Unsupported, match=r"weight.*: its LUT is not representable in float16"):
-        read_palettes(program(build, (x,), tmp_path))
+        read_palettes(Package(program(build, (x,), tmp_path)))
 
 
 class Flexible(nn.Module):
@@ -724,7 +724,7 @@ def test_unknown_operators_are_named_with_their_place(tmp_path: Path) -> None:
     )
     with pytest.raises(Unsupported, match=message):
         CoreMLReferenceRuntime().load(artifact)
-    assert read_palettes(artifact) == {}
+    assert read_palettes(Package(artifact)) == {}
 
 
 def test_operators_of_later_versions(tmp_path: Path) -> None:

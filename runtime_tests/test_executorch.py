@@ -24,7 +24,7 @@ from dkm_export.spec import LayerRule
 from dkm_exporters.executorch import ExecuTorchExporter, ExecuTorchOptions
 from dkm_exporters.executorch.decode import Decode
 from dkm_runtimes.executorch import ExecuTorchRuntime
-from tests.zoo import IMAGE, TOKENS, lively, palettize
+from tests.zoo import CASES, IMAGE, lively, palettize
 
 REPOSITORY = Path(__file__).parents[1]
 HERE = "runtime_tests.test_executorch"
@@ -45,40 +45,6 @@ LAYOUTS = {
     "group_vectors": Layout((64, 32), dim=4, groups=2),
     "widest": Layout((MAX_DIM, 30), dim=MAX_DIM),
     "one": Layout((1,)),
-}
-
-CASES = {
-    "narrow": (
-        "convolutions",
-        IMAGE,
-        (
-            LayerRule(pattern="stem.*", bits=1, dim=2),
-            LayerRule(pattern="depthwise.*", bits=2, dim=4),
-            LayerRule(pattern="up.*", bits=3, dim=3, groups=2),
-            LayerRule(pattern="line.*", bits=4, dim=4),
-            LayerRule(pattern="head.*", bits=5, dim=5),
-        ),
-    ),
-    "wide": (
-        "convolutions",
-        IMAGE,
-        (
-            LayerRule(pattern="stem.*", bits=6, dim=2, axis=1),
-            LayerRule(pattern="depthwise.*", bits=7, groups=2),
-            LayerRule(pattern="up.*", bits=8),
-            LayerRule(pattern="line.*", bits=6, dim=2, axis=1, groups=3),
-            LayerRule(pattern="head.*", bits=1, dim=8),
-        ),
-    ),
-    "tokens": (
-        "tokens",
-        TOKENS,
-        (
-            LayerRule(pattern="embedding.*", bits=4, dim=4, axis=1),
-            LayerRule(pattern="hidden.*", bits=3, dim=5, axis=1, groups=4),
-            LayerRule(pattern="head.*", bits=2, dim=7),
-        ),
-    ),
 }
 
 

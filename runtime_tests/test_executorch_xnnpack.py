@@ -29,9 +29,8 @@ from dkm_exporters.executorch.program import ProgramFile
 from dkm_exporters.executorch.xnnpack import BLOB_PREFIX, LUT_BACKEND
 from dkm_runtimes.executorch import ExecuTorchRuntime
 from dkm_runtimes.executorch_runner import ExecuTorchRunnerRuntime
-from runtime_tests.test_executorch import CASES
 from tests.networks import FAMILIES, palettized
-from tests.zoo import IMAGE, TOKENS, lively, palettize
+from tests.zoo import CASES, IMAGE, TOKENS, lively, palettize
 
 HERE = "runtime_tests.test_executorch_xnnpack"
 ROWS = (InputSpec(name="rows", shape=(3, 16)),)

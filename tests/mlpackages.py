@@ -49,16 +49,23 @@ def program(
 
 def kinds(artifact: Path) -> list[str]:
     """The operators of a package, in order."""
-    from dkm_exporters.coreml.package import Package
+    from dkm_exporters.mlprogram.package import Package
 
     return [operation.kind for operation in Package(artifact).operations]
+
+
+def outputs(artifact: Path) -> list[str]:
+    """The names of a package's outputs, in the order in which the reference gives them."""
+    from dkm_exporters.mlprogram.package import Package
+
+    return Package(artifact).outputs
 
 
 def run(
     artifact: Path, inputs: tuple[Tensor, ...], runtime: Runtime | None = None
 ) -> list[npt.NDArray[Any]]:
     """Outputs for inputs in the order of the program's."""
-    from dkm_exporters.coreml.package import Package
+    from dkm_exporters.mlprogram.package import Package
 
     arrays = {name: x.numpy() for name, x in zip(Package(artifact).inputs, inputs, strict=True)}
     return (runtime or CoreMLReferenceRuntime()).load(artifact).run(arrays)
@@ -78,3 +85,12 @@ def operations(spec: Any) -> list[Any]:
     """Those of the main function."""
     function = spec.mlProgram.functions["main"]
     return list(function.block_specializations[function.opset].operations)
+
+
+def input_ranges(artifact: Path) -> list[tuple[int, int]]:
+    """The least and the largest size of each axis of the first input."""
+    from coremltools.proto import Model_pb2
+
+    spec = Model_pb2.Model.FromString((artifact / MODEL).read_bytes())
+    sizes = spec.description.input[0].type.multiArrayType.shapeRange.sizeRanges
+    return [(size.lowerBound, size.upperBound) for size in sizes]

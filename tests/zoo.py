@@ -15,6 +15,41 @@ IMAGE = (InputSpec(name="image", shape=(1, 3, 16, 16)),)
 ROW = (InputSpec(name="x", shape=(1, 48)),)
 TOKENS = (InputSpec(name="tokens", shape=(1, 12), dtype="int32", high=96),)
 
+CASES = {
+    "narrow": (
+        "convolutions",
+        IMAGE,
+        (
+            LayerRule(pattern="stem.*", bits=1, dim=2),
+            LayerRule(pattern="depthwise.*", bits=2, dim=4),
+            LayerRule(pattern="up.*", bits=3, dim=3, groups=2),
+            LayerRule(pattern="line.*", bits=4, dim=4),
+            LayerRule(pattern="head.*", bits=5, dim=5),
+        ),
+    ),
+    "wide": (
+        "convolutions",
+        IMAGE,
+        (
+            LayerRule(pattern="stem.*", bits=6, dim=2, axis=1),
+            LayerRule(pattern="depthwise.*", bits=7, groups=2),
+            LayerRule(pattern="up.*", bits=8),
+            LayerRule(pattern="line.*", bits=6, dim=2, axis=1, groups=3),
+            LayerRule(pattern="head.*", bits=1, dim=8),
+        ),
+    ),
+    "tokens": (
+        "tokens",
+        TOKENS,
+        (
+            LayerRule(pattern="embedding.*", bits=4, dim=4, axis=1),
+            LayerRule(pattern="hidden.*", bits=3, dim=5, axis=1, groups=4),
+            LayerRule(pattern="head.*", bits=2, dim=7),
+        ),
+    ),
+}
+"""Layouts of all sorts on the layers of a factory here: its name, what goes in, rules."""
+
 
 class Convolutions(nn.Module):
     """Conv2d, depthwise, Conv1d, ConvTranspose2d and Linear, with batch norms in between."""

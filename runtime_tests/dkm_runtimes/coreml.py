@@ -14,7 +14,7 @@ from dkm_export.errors import Unsupported
 from dkm_export.plugins import missing_packages
 
 if TYPE_CHECKING:
-    from dkm_exporters.coreml.package import Package
+    from dkm_exporters.mlprogram.package import Package
 
 
 class CoreMLRuntime(Runtime):
@@ -57,7 +57,7 @@ class CoreMLRuntime(Runtime):
         """
         if missing := missing_packages(self.packages, self.target):
             raise Unsupported(missing)
-        from dkm_exporters.coreml.package import Package
+        from dkm_exporters.mlprogram.package import Package
         from dkm_runtimes.coreml_device import device_test
 
         package = Package(artifact)
@@ -96,7 +96,7 @@ class _Session(Session):
     def __init__(self, artifact: Path, units: str) -> None:
         import coremltools as ct
 
-        from dkm_exporters.coreml.package import Package
+        from dkm_exporters.mlprogram.package import Package
         from dkm_runtimes.pixels import image_inputs
 
         package = Package(artifact)

@@ -37,6 +37,10 @@ class ExecuTorchRuntime(Runtime):
         from dkm_exporters.executorch.reading import read_header
 
         backend = read_header(ProgramFile(artifact)).backend
+        if backend == "coreml":
+            raise Unsupported(
+                f"{artifact}: is for the Core ML delegate, which runs on Apple systems only"
+            )
         if backend == "xnnpack-lut":
             load_backend()
         folder = TemporaryDirectory()

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dkm_export.errors import Unsupported
 from dkm_exporters.coreml.options import IMAGES_KEY, ImageInput
-from dkm_exporters.coreml.package import Package
+from dkm_exporters.mlprogram.package import Package
 
 _TOLERANCE: Final = 1e-3
 """Of a pixel. Normalizing in float32 and back is off by less than a tenth of it."""

@@ -83,6 +83,7 @@ class CoreMLExporter(Exporter[CoreMLOptions]):
             InvalidInput: when the package is malformed.
             Unsupported: when another tool wrote a palette that `Palette` cannot express.
         """
-        from dkm_exporters.coreml.palettes import read_palettes
+        from dkm_exporters.mlprogram.package import Package
+        from dkm_exporters.mlprogram.palettes import read_palettes
 
-        return read_palettes(artifact)
+        return read_palettes(Package(artifact))

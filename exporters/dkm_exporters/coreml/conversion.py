@@ -13,7 +13,6 @@ from typing import Any, Final
 import coremltools as ct
 import numpy as np
 from coremltools.converters.mil.mil import Builder as mb
-from coremltools.converters.mil.mil import types
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass
 from coremltools.optimize import _utils as ct_utils
@@ -23,22 +22,20 @@ from torch.export import ExportedProgram
 from dkm_export.errors import Unsupported
 from dkm_export.palette import Palette
 from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
-from dkm_exporters.coreml.messages import model_warnings
 from dkm_exporters.coreml.options import CoreMLOptions
 from dkm_exporters.coreml.tracing import PROBABILITIES, constants, floating_outputs, trace
+from dkm_exporters.mlprogram.emission import (
+    REMOVED_PASSES,
+    SUFFIXES,
+    float_lut,
+    ios18_shape,
+    lut_to_dense,
+)
+from dkm_exporters.mlprogram.messages import model_warnings
 
 _INSERT: Final = "dkm::insert_palettes"
 _FORGET: Final = "dkm::forget_output_types"
 _PRECISIONS: Final = {"fp16": ct.precision.FLOAT16, "fp32": ct.precision.FLOAT32}
-_SUFFIXES: Final = {"fp16": "_cast_fp16", "fp32": ""}
-"""What coremltools appends to the name of an operation that it casts to the precision."""
-
-_REMOVED_PASSES: Final = {
-    # It merges LUTs that differ by less than 6e-8, as some float16 values and 0 and -0 do.
-    "common::const_deduplication",
-    # It moves the scale of an int8 LUT, and fails where there are vectors.
-    "common::canonicalize_quantized_lut_pattern",
-}
 
 
 def convert(
@@ -67,7 +64,7 @@ def convert(
     except Exception as error:  # whatever an operator's converter or a pass runs into
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise Unsupported(f"coreml: coremltools cannot convert the model: {reason}") from error
-    suffix = _SUFFIXES[options.precision]
+    suffix = SUFFIXES[options.precision]
     return {f"{name}{suffix}": parameter for name, parameter in parameters.items()}
 
 
@@ -115,14 +112,7 @@ def _replace(block: Any, constant: Any, palette: Palette, options: CoreMLOptions
             **place,
         )
     else:
-        index_type = types.nptype_from_builtin(types.string_to_builtin(f"uint{palette.bits}"))
-        decoded = mb.constexpr_lut_to_dense(
-            indices=palette.indices.astype(index_type),
-            lut=_table(palette, constant, options),
-            # The form that coremltools itself writes: single values have no axis.
-            vector_axis=np.int32(layout.axis) if layout.dim > 1 else None,
-            **place,
-        )
+        decoded = lut_to_dense(palette, _table(palette, constant, options), **place)
     block.replace_uses_of_var_after_op(
         anchor_op=constant, old_var=constant.outputs[0], new_var=decoded, force_replace=True
     )
@@ -130,19 +120,15 @@ def _replace(block: Any, constant: Any, palette: Palette, options: CoreMLOptions
 
 
 def _table(palette: Palette, constant: Any, options: CoreMLOptions) -> Any:
-    """The LUT as iOS 18 has it: one for each group, of the rank of the weight and two more.
-
-    The graph is float32 until the float16 pass, which takes the LUT or its scale back exactly.
-    """
-    layout = palette.layout
-    leading = (layout.groups, *[1] * (len(layout.shape) - 1))
+    """The LUT as iOS 18 has it; the float16 pass takes an int8 LUT's scale back exactly, too."""
     if options.lut == "float":
-        return palette.lut.reshape(*leading, -1, layout.dim).astype(np.float32)
+        return float_lut(palette)
     assert palette.int8_lut is not None
     steps, scale = palette.int8_lut
+    shape = ios18_shape(palette)
     return mb.constexpr_blockwise_shift_scale(
-        data=steps.reshape(*leading, -1, layout.dim),
-        scale=scale.reshape(*leading, 1, 1).astype(np.float32),
+        data=steps.reshape(shape),
+        scale=scale.reshape(*shape[:-2], 1, 1).astype(np.float32),
         name=f"{constant.name}_lut",
         before_op=constant,
     )
@@ -159,14 +145,14 @@ def _convert(
     pipeline.insert_pass(0, _INSERT)
     pipeline.set_options(_INSERT, {"palettes": palettes, "options": options})
     pipeline.append_pass(_FORGET)
-    pipeline.remove_passes(_REMOVED_PASSES)
+    pipeline.remove_passes(REMOVED_PASSES)
     names, classifier = list(source.outputs), None
     if options.class_labels:
         names.append(PROBABILITIES)
         classifier = ct.ClassifierConfig(
             list(options.class_labels), predicted_probabilities_output=PROBABILITIES
         )
-    with model_warnings():
+    with model_warnings("coreml"):
         ct.convert(
             program,
             inputs=[_input_type(spec, options) for spec in source.inputs],

@@ -11,13 +11,14 @@ from pydantic import BeforeValidator, Field, model_validator
 from dkm_export.errors import InvalidInput
 from dkm_export.exporting import Capabilities
 from dkm_export.spec import Frozen
+from dkm_exporters.mlprogram import PALETTES
 
 if TYPE_CHECKING:
     from dkm_export.palettized import InputSpec, ModelSource
 
 DeploymentTarget = Literal["iOS15", "iOS16", "iOS17", "iOS18", "iOS26"]
 
-FULL: Final = Capabilities(bits=(1, 2, 3, 4, 6, 8), padding=False)
+FULL: Final = PALETTES
 """Of iOS 18 and later: vectors, groups of channels, 3 bits, int8 LUTs."""
 
 _SCALAR: Final = Capabilities(bits=(1, 2, 4, 6, 8), max_dim=1, groups=False)

@@ -1,13 +1,16 @@
-"""ExecuTorch: palettes decoded in the graph by portable operators that every runtime has."""
+"""ExecuTorch: programs whose weights stay packed, for several backends."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dkm_export.errors import Unsupported
 from dkm_export.exporting import Capabilities, Exporter
+from dkm_export.plugins import missing_packages
 from dkm_exporters.executorch.options import LINKS, WEIGHTS_SUFFIX
 from dkm_exporters.executorch.options import ExecuTorchOptions as ExecuTorchOptions
+from dkm_exporters.mlprogram import PALETTES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ExecuTorchExporter(Exporter[ExecuTorchOptions]):
-    """One ``.pte`` file: float16 LUTs and packed indices, decoded to float32 before each use."""
+    """A ``.pte`` file with float16 LUTs and packed indices; `Backend` says who decodes them."""
 
     target = "executorch"
     suffix = ".pte"
@@ -25,10 +28,32 @@ class ExecuTorchExporter(Exporter[ExecuTorchOptions]):
     capabilities = Capabilities()
     options = ExecuTorchOptions
 
+    def requires(self, model: PalettizedModel, options: ExecuTorchOptions) -> None:
+        """Refuse, before any work, what the backend cannot hold, or what it needs to be made.
+
+        Raises:
+            Unsupported: with the layer, the value and the allowed values.
+        """
+        missing = missing_packages(("coremltools",), "coreml")
+        if options.backend == "coreml" and missing:
+            raise Unsupported(f"executorch: backend=coreml: {missing}")
+        super().requires(model, options)
+
+    def refusal(self, palette: Palette, options: ExecuTorchOptions) -> str | None:
+        """Why the backend cannot hold ``palette`` and what to do about it, or None."""
+        reason = PALETTES.refusal(palette) if options.backend == "coreml" else None
+        # weights of convolutions alone have more axes
+        if options.backend == "xnnpack-init" and len(palette.layout.shape) != 2:
+            reason = "is a convolution's, and XNNPACK takes decoded weights for linear layers only"
+        return reason and (
+            f"backend={options.backend}: {reason}; set executorch.backend to xnnpack-lut, "
+            "xnnpack-ptd or portable, which hold it, or change its rule in the recipe"
+        )
+
     def lower(
         self, model: PalettizedModel, module: nn.Module, folder: Path, options: ExecuTorchOptions
     ) -> Path:
-        """Write ``<name>.pte``; batch norms are folded into the palettes' scales first.
+        """Write ``<name>.pte``; but for Core ML, batch norms become scales of the palettes first.
 
         Raises:
             Unsupported: when torch.export or ExecuTorch cannot express the model, no stock kernel
@@ -53,15 +78,6 @@ class ExecuTorchExporter(Exporter[ExecuTorchOptions]):
 
         backend = read_header(ProgramFile(artifact)).backend
         return [f"{backend}: {LINKS[backend]}"]
-
-    def refusal(self, palette: Palette, options: ExecuTorchOptions) -> str | None:
-        """Why the backend cannot hold ``palette``, or None; convolutions alone have other ranks."""
-        if options.backend == "xnnpack-init" and len(palette.layout.shape) != 2:
-            return (
-                "is a convolution's, and XNNPACK takes a decoded weight for linear layers only; "
-                "set executorch.backend=xnnpack-lut, xnnpack-ptd or portable"
-            )
-        return super().refusal(palette, options)
 
     def read_palettes(self, artifact: Path) -> dict[str, Palette]:
         """Decode every palette, without its scale, as the program's own instructions decode it.

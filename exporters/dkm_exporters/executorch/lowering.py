@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge
-from executorch.exir.dialects._ops import ops as edge_ops
 from executorch.runtime import Runtime
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from dkm_export.entry import PaletteEntry
-from dkm_export.errors import InvalidInput, Unsupported
+from dkm_export.errors import DkmError, InvalidInput, Unsupported
 from dkm_export.folding import fold_batch_norm
-from dkm_export.palette import Palette
 from dkm_export.palettized import ModelSource, PalettizedModel
 from dkm_exporters.executorch import two_methods
-from dkm_exporters.executorch.blob import weight_keys, write_blob
-from dkm_exporters.executorch.decode import (
-    decode_rows,
-    decode_weight,
-    decoded_by,
-    looks_up_rows,
-)
 from dkm_exporters.executorch.header import INPUTS_METHOD, PALETTES_METHOD, Header
 from dkm_exporters.executorch.options import WEIGHTS_SUFFIX, ExecuTorchOptions
+from dkm_exporters.executorch.weights import Weights
 from dkm_exporters.executorch.weights_file import WeightsFile
-from dkm_exporters.executorch.xnnpack import (
-    constant_keys,
-    delegates,
-    exchange,
-    is_delegate_call,
-    keys_of,
-    parameters_of,
-    take_out,
-    to_xnnpack,
-)
-
-_EMBEDDING = edge_ops.edge.aten.embedding.default
+from dkm_exporters.executorch.xnnpack import delegate, delegates, exchange, take_out
 
 
 def lower(
@@ -57,89 +38,135 @@ def lower(
             the model does not use a palette.
         InvalidInput: when the model returns another number of outputs than its source names.
     """
-    _check_layers(module)
-    inputs = _example_inputs(model.source, options)
-    palettes = fold_batch_norm(module, model.palettes, inputs, model.ties)
-    weights = _Weights(module, palettes, model.ties)
-    weights.decode_rows()
-    packed, held, files = _Packed(), dict[str, str](), dict[str, bytes]()
-    config = ExecutorchBackendConfig()
-    match options.backend:
-        case "portable":
-            weights.decode(palettes)
-            exported = _export(module, inputs, model.source, options)
-            with _explained("ExecuTorch"):
-                edge = to_edge(exported)
-        case "xnnpack-init":
-            edge, held = _hold(module, inputs, model.source, weights, options)
-            config = two_methods.backend_config()
-        case "xnnpack-lut":
-            edge, packed = _delegate(module, inputs, model.source, weights, options)
-            exchange(edge.exported_program(), packed.blobs)
-        case "xnnpack-ptd":
-            edge, packed = _delegate(module, inputs, model.source, weights, options)
-            take_out(edge.exported_program(), packed.blobs)
-            files[WEIGHTS_SUFFIX] = WeightsFile.of(packed.blobs).to_bytes()
-    forward = edge.exported_program()
+    lowered = _Lowering(module, model, options).run()
     header = Header(
         backend=options.backend,
-        layers={name: PaletteEntry.of(palette) for name, palette in palettes.items()},
-        decodes=(*((name,) for name in held.values()), *_decodes(forward, weights, packed.names)),
-        buffers=tuple(two_methods.uses(forward, held)),
+        layers={name: PaletteEntry.of(palette) for name, palette in model.palettes.items()},
+        decodes=tuple(lowered.decodes),
+        buffers=tuple(lowered.buffers),
     )
     _check_decoded(header)
+    edge = lowered.edge
     with _explained("ExecuTorch"):
-        lowered = EdgeProgramManager(
+        program = EdgeProgramManager(
             {name: edge.exported_program(name) for name in sorted(edge.methods)},
             {
                 PALETTES_METHOD: header.model_dump_json(),
                 INPUTS_METHOD: [spec.name for spec in model.source.inputs],
             },
             edge.compile_config,
-        ).to_executorch(config)
-    _check_operators(lowered.executorch_program)
-    return {".pte": bytes(lowered.buffer), **files}
+        ).to_executorch(lowered.config)
+    _check_operators(program.executorch_program)
+    return {".pte": bytes(program.buffer), **lowered.files}
 
 
 @dataclass
-class _Packed:
-    """The palettized weights that delegates take, by their key.
+class _Lowered:
+    """A model in the instructions of its backend.
 
     Attributes:
-        blobs: as `write_blob` makes them.
-        names: of the parameters that are this weight.
+        edge: its methods.
+        decodes: the parameters of each decode, in the order in which methods run.
+        buffers: what ``forward`` takes that ``init`` has decoded, see `Header`.
+        files: contents by suffix of what is beside the program.
+        config: how to emit it.
     """
 
-    blobs: dict[str, bytes] = field(default_factory=dict)
-    names: dict[str, list[str]] = field(default_factory=dict)
+    edge: EdgeProgramManager
+    decodes: Iterable[tuple[str, ...]]
+    buffers: Iterable[str] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    config: ExecutorchBackendConfig = field(default_factory=ExecutorchBackendConfig)
 
 
-class _Weights:
-    """The palettized weights of a module, under all the names that the module has for them.
-
-    Attributes:
-        palettes: by parameter name.
-        owners: by each name of such a parameter, its name in ``palettes``.
-    """
+class _Lowering:
+    """One model on its way to one backend."""
 
     def __init__(
-        self, module: nn.Module, palettes: Mapping[str, Palette], ties: Mapping[str, str]
+        self, module: nn.Module, model: PalettizedModel, options: ExecuTorchOptions
     ) -> None:
-        self._module = module
-        self.palettes = palettes
-        self.owners = {name: name for name in palettes} | dict(ties)
+        self._module, self._model, self._options = module, model, options
+        self._inputs = _example_inputs(model.source, options)
 
-    def decode_rows(self) -> None:
-        """Let embeddings decode the rows that they look up."""
-        for name, owner in self.owners.items():
-            if looks_up_rows(self._module, name):
-                decode_rows(self._module, name, self.palettes[owner])
+    def run(self) -> _Lowered:
+        """Lower to the backend of the options."""
+        if self._options.backend == "coreml":
+            return self._coreml()
+        _check_layers(self._module)
+        palettes = fold_batch_norm(
+            self._module, self._model.palettes, self._inputs, self._model.ties
+        )
+        weights = Weights(self._module, palettes, self._model.ties)
+        weights.decode_rows()
+        match self._options.backend:
+            case "portable":
+                return self._portable(weights)
+            case "xnnpack-init":
+                return self._two_methods(weights)
+        return self._xnnpack(weights)
 
-    def decode(self, names: Container[str]) -> None:
-        """Let these parameters be decoded where they are used, under any name."""
-        for name, owner in self.owners.items():
-            if owner in names:
-                decode_weight(self._module, name, self.palettes[owner])
+    def _portable(self, weights: Weights) -> _Lowered:
+        weights.decode(weights.palettes)
+        with _explained("ExecuTorch"):
+            edge = to_edge(self._export())
+        return _Lowered(edge, weights.decodes(edge.exported_program()))
+
+    def _xnnpack(self, weights: Weights) -> _Lowered:
+        with _explained("ExecuTorch"):
+            edge, packed = delegate(self._export, weights)
+        program, files = edge.exported_program(), {}
+        if self._options.backend == "xnnpack-ptd":
+            take_out(program, packed.blobs)
+            files[WEIGHTS_SUFFIX] = WeightsFile.of(packed.blobs).to_bytes()
+        else:
+            exchange(program, packed.blobs)
+        return _Lowered(edge, weights.decodes(program, packed.of_part), files=files)
+
+    def _two_methods(self, weights: Weights) -> _Lowered:
+        two_methods.hold(self._module, weights.owners, weights.palettes)
+        exported = self._export()
+        held = two_methods.held(exported, weights.owners)
+        with _explained("ExecuTorch"):
+            init = two_methods.export_init(held, weights.palettes)
+            edge = two_methods.to_two_methods(exported, init, held)
+        program = edge.exported_program()
+        two_methods.check_state(program)
+        return _Lowered(
+            edge,
+            [*((name,) for name in held.values()), *weights.decodes(program)],
+            two_methods.uses(program, held),
+            config=two_methods.backend_config(),
+        )
+
+    def _coreml(self) -> _Lowered:
+        """Batch norms stay, as a palette times a scale is none to Core ML."""
+        # It imports coremltools, which takes seconds and is there on some systems only.
+        from dkm_exporters.executorch.coreml import finish, to_coreml, use_constexpr
+        from dkm_exporters.executorch.ml_programs import read_part
+
+        palettes, precision = self._model.palettes, self._options.coreml_precision
+        for name, owner in Weights(self._module, palettes, self._model.ties).owners.items():
+            use_constexpr(self._module, name, palettes[owner], owner)
+        with _explained("the Core ML delegate"):
+            edge = to_coreml(self._export(), precision)
+        program = edge.exported_program()
+        finish(program, palettes, precision)
+        parts = (part for _, part in delegates(program))
+        names = [name for part in parts for name in read_part(part.processed_bytes, "it")]
+        return _Lowered(edge, [(name,) for name in names])
+
+    def _export(self) -> ExportedProgram:
+        """The module as it is now."""
+        batch = None
+        if self._options.max_batch is not None:
+            size = Dim("batch", max=self._options.max_batch)
+            batch = tuple({0: size} for _ in self._inputs)
+        with _explained("torch.export"):
+            program = torch.export.export(self._module, self._inputs, dynamic_shapes=batch)
+            # A layer that only looks at its weight leaves a decode that would not reach the end.
+            program.graph.eliminate_dead_code()
+        _check_outputs(program, self._model.source)
+        return program
 
 
 def _check_layers(module: nn.Module) -> None:
@@ -161,26 +188,13 @@ def _example_inputs(source: ModelSource, options: ExecuTorchOptions) -> tuple[Te
     return tuple(spec.random(generator) for spec in specs)
 
 
-def _export(
-    module: nn.Module, inputs: tuple[Tensor, ...], source: ModelSource, options: ExecuTorchOptions
-) -> ExportedProgram:
-    batch = None
-    if options.max_batch is not None:
-        size = Dim("batch", max=options.max_batch)
-        batch = tuple({0: size} for _ in inputs)
-    with _explained("torch.export"):
-        program = torch.export.export(module, inputs, dynamic_shapes=batch)
-        # A layer that only looks at its weight leaves a decode that would not reach the program.
-        program.graph.eliminate_dead_code()
-    _check_outputs(program, source)
-    return program
-
-
 @contextmanager
 def _explained(library: str) -> Iterator[None]:
     """Turn whatever the library raises over a model into one line."""
     try:
         yield
+    except DkmError:
+        raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Unsupported(
@@ -195,121 +209,6 @@ def _check_outputs(program: ExportedProgram, source: ModelSource) -> None:
             f"the model returns {count} outputs, "
             f"its source names {len(source.outputs)}: {', '.join(source.outputs)}"
         )
-
-
-def _hold(
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],
-    source: ModelSource,
-    weights: _Weights,
-    options: ExecuTorchOptions,
-) -> tuple[EdgeProgramManager, dict[str, str]]:
-    """Lower to two methods.
-
-    Returns:
-        The programs of both; and by the name of each buffer that ``init`` decodes, its palette's.
-    """
-    two_methods.hold(module, weights.owners, weights.palettes)
-    program = _export(module, inputs, source, options)
-    held = two_methods.held(program, weights.owners)
-    with _explained("ExecuTorch"):
-        init = two_methods.export_init(held, weights.palettes)
-        edge = two_methods.to_two_methods(program, init, held)
-    two_methods.check_state(edge.exported_program())
-    return edge, held
-
-
-def _delegate(
-    module: nn.Module,
-    inputs: tuple[Tensor, ...],
-    source: ModelSource,
-    weights: _Weights,
-    options: ExecuTorchOptions,
-) -> tuple[EdgeProgramManager, _Packed]:
-    """Lower to XNNPACK with dense weights; returns the palettes of those that it takes too."""
-    orders = {name: weight_keys(palette) for name, palette in weights.palettes.items()}
-    while True:
-        program = _export(module, inputs, source, options)
-        with _explained("ExecuTorch"):
-            edge = to_xnnpack(program)
-        dense = _left_dense(edge.exported_program(), weights.owners, orders)
-        if not dense:
-            break
-        # XNNPACK takes no part in these, or changes them on its way.
-        weights.decode(dense)
-        for name in dense:
-            del orders[name]
-    packed = _Packed()
-    used = set[str]().union(*(keys_of(part) for _, part in delegates(edge.exported_program())))
-    for name, order in orders.items():
-        for key in used & order.keys():
-            blob = write_blob(weights.palettes[name], order[key])
-            if packed.blobs.setdefault(key, blob) != blob:
-                raise Unsupported(
-                    f"executorch: {name} and {packed.names[key][0]} are the same weight with "
-                    "different palettes: tie them, or set executorch.backend=portable"
-                )
-            packed.names.setdefault(key, []).append(name)
-    return edge, packed
-
-
-def _left_dense(
-    program: ExportedProgram,
-    owners: Mapping[str, str],
-    orders: Mapping[str, Mapping[str, object]],
-) -> set[str]:
-    """Parameters that the program has dense, if at all.
-
-    Args:
-        program: as `to_xnnpack` made it.
-        owners: by each name of a palettized parameter, that of its palette.
-        orders: the keys by which delegates may have it, by the name of the palette.
-    """
-    signature = program.graph_signature
-    dense = {
-        owners.get(signature.inputs_to_parameters.get(node.name, ""), "")
-        for node in program.graph.find_nodes(op="placeholder")
-        if node.users
-    }
-    found = set(_decoded_rows(program, owners))
-    for _, part in delegates(program):
-        keys = keys_of(part)
-        taken = {owners.get(name, "") for name in parameters_of(part)} & orders.keys()
-        kept = {name for name in taken if not keys.isdisjoint(orders[name])}
-        dense |= taken - kept
-        found |= kept
-    return {name for name in orders if name in dense or name not in found}
-
-
-def _decodes(
-    program: ExportedProgram, weights: _Weights, packed: Mapping[str, Sequence[str]]
-) -> Iterator[tuple[str, ...]]:
-    """The parameters of each decode, in the order of the graph."""
-    parts = (part for _, part in delegates(program))
-    for node in program.graph.nodes:
-        if name := _decoded(node, program, weights.owners):
-            yield (name,)
-        elif is_delegate_call(node):
-            keys = constant_keys(next(parts).processed_bytes)
-            yield from (tuple(packed[key]) for key in keys if key in packed)
-
-
-def _decoded_rows(program: ExportedProgram, owners: Mapping[str, str]) -> Iterator[str]:
-    for node in program.graph.nodes:
-        if name := _decoded(node, program, owners):
-            yield name
-
-
-def _decoded(node: fx.Node, program: ExportedProgram, owners: Mapping[str, str]) -> str | None:
-    """The parameter that is decoded by looking vectors up in its LUT, if ``node`` does that."""
-    if node.target is not _EMBEDDING:
-        return None
-    table: Any = node.args[0]
-    # as float32, and for shared rows as scalars
-    while table.op != "placeholder" and len(table.all_input_nodes) == 1:
-        (table,) = table.all_input_nodes
-    buffer = program.graph_signature.inputs_to_buffers.get(table.name)
-    return owners.get(decoded_by(buffer or ""))
 
 
 def _check_decoded(header: Header) -> None:

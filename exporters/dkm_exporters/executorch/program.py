@@ -122,6 +122,18 @@ class ProgramFile:
         data = self._named.get(key)
         return None if data is None else bytes(data)
 
+    def backend(self, method: str, index: int) -> str:
+        """The name of the backend that a delegate is for.
+
+        Raises:
+            InvalidInput: when the file does not have the delegate.
+        """
+        try:
+            name: str = self.plan(method).delegates[index].id
+        except IndexError as error:
+            raise InvalidInput(f"{self.path}: delegate {index} is not within the file") from error
+        return name
+
     def delegate(self, method: str, index: int) -> bytes:
         """What a delegate of a method was given: a graph in a format of its own.
 

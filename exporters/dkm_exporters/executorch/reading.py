@@ -37,6 +37,9 @@ from dkm_exporters.executorch.program import ProgramFile
 from dkm_exporters.executorch.weights_file import WeightsFile
 from dkm_exporters.executorch.xnnpack import BLOB_PREFIX, constant_keys
 
+_COREML = "CoreMLBackend"
+"""The name of ExecuTorch's Core ML delegate."""
+
 
 def read(path: Path) -> dict[str, Palette]:
     """The palettes of a program, by parameter name, without scales.
@@ -150,6 +153,9 @@ def _delegated(
     packed: Callable[[str], bytes | None],
 ) -> Iterator[_Decode]:
     """The palettes of a delegate, in the order in which it asks for them."""
+    if file.backend("forward", index) == _COREML:
+        yield from _ml_program(file, header, index, names)
+        return
     try:
         keys = constant_keys(file.delegate("forward", index))
     except (KeyError, RuntimeError, OSError, CalledProcessError) as error:
@@ -179,6 +185,21 @@ def _packed(file: ProgramFile, header: Header) -> Callable[[str], bytes | None]:
                 f"{file.path}: has a weight that {WEIGHTS_SUFFIX} has too: export it again"
             )
     return blobs.get
+
+
+def _ml_program(
+    file: ProgramFile, header: Header, index: int, names: Iterator[str]
+) -> Iterator[_Decode]:
+    """The palettes of a Core ML delegate, in the order of its operations."""
+    # It imports coremltools, which takes seconds.
+    from dkm_exporters.executorch.ml_programs import read_part
+
+    label = f"{file.path}: delegate {index}"
+    for found, palette in read_part(file.delegate("forward", index), label).items():
+        name = next(names, "")
+        if found != name or PaletteEntry.of(palette) != _layer(file, header, name):
+            raise InvalidInput(f"{label}: {found}: the header says '{name}', or another layout")
+        yield _Decode(palette, used=True)
 
 
 def _layer(file: ProgramFile, header: Header, name: str) -> PaletteEntry:

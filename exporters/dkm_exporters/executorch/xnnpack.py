@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -23,17 +24,27 @@ from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
 from executorch.exir._serialize._flatbuffer import _flatc_decompile
 from executorch.exir._serialize._named_data_store import NamedDataStore
+from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import fx
 from torch.export import ExportedProgram
 
+from dkm_export.errors import Unsupported
+from dkm_exporters.executorch.blob import weight_keys, write_blob
 from dkm_exporters.executorch.decode import is_decode
+from dkm_exporters.executorch.weights import Weights
 
 LUT_BACKEND: Final = "DkmXnnpackBackend"
 """The name under which `native/lut_backend.cpp` registers itself."""
 
 BLOB_PREFIX: Final = "dkm.lut:"
 """Of the key of a palette; what follows is the key of the weight that it expands to."""
+
+_DENSE_BYTES: Final = "dkm.dense_bytes"
+"""Key of what the dense weights of a part need, which our delegate allocates at once."""
+
+_OVERHEAD: Final = 192
+"""Of each of them, as `native/dense_memory.h` says."""
 
 _INFINITE: Final = re.compile(rb":\s*(-?)inf\b")
 """A number that flatc writes as JSON does not know it: the bounds of activations without any."""
@@ -47,9 +58,93 @@ class Partitioner(XnnpackPartitioner):  # type: ignore[misc]
         return [match for match in matches if not any(map(is_decode, match))]
 
 
-def to_xnnpack(program: ExportedProgram) -> EdgeProgramManager:
-    """Lower with dense weights."""
-    return to_edge_transform_and_lower(program, partitioner=[Partitioner()])
+@dataclass
+class Packed:
+    """The palettized weights that delegates take, by their key.
+
+    Attributes:
+        program: that has the delegates.
+        blobs: as `write_blob` makes them.
+        names: of the parameters that are this weight.
+    """
+
+    program: ExportedProgram
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def of_part(self, node: fx.Node) -> Iterator[tuple[str, ...]]:
+        """The parameters of each packed weight that a node's delegate asks for, in order."""
+        if is_delegate_call(node):
+            place: Any = node.args[0]
+            part = getattr(self.program.graph_module, place.target)
+            for key in constant_keys(part.processed_bytes):
+                if key in self.names:
+                    yield tuple(self.names[key])
+
+
+def delegate(
+    export: Callable[[], ExportedProgram], weights: Weights
+) -> tuple[EdgeProgramManager, Packed]:
+    """Lower to XNNPACK with dense weights; weights that it cannot have are decoded in the graph.
+
+    Args:
+        export: traces the module as it is then.
+        weights: of the module, which is changed.
+
+    Returns:
+        The program, and the palettes of the weights that its delegates have.
+
+    Raises:
+        Unsupported: when a weight has two different palettes.
+    """
+    orders = {name: weight_keys(palette) for name, palette in weights.palettes.items()}
+    while True:
+        edge = to_edge_transform_and_lower(export(), partitioner=[Partitioner()])
+        dense = _left_dense(edge.exported_program(), weights, orders)
+        if not dense:
+            break
+        # XNNPACK takes no part in these, or changes them on its way.
+        weights.decode(dense)
+        for name in dense:
+            del orders[name]
+    packed = Packed(edge.exported_program())
+    used = set[str]().union(*(_keys(part) for _, part in delegates(packed.program)))
+    for name, order in orders.items():
+        for key in used & order.keys():
+            blob = write_blob(weights.palettes[name], order[key])
+            if packed.blobs.setdefault(key, blob) != blob:
+                raise Unsupported(
+                    f"executorch: {name} and {packed.names[key][0]} are the same weight with "
+                    "different palettes: tie them, or set executorch.backend=portable"
+                )
+            packed.names.setdefault(key, []).append(name)
+    return edge, packed
+
+
+def _left_dense(
+    program: ExportedProgram, weights: Weights, orders: Mapping[str, Mapping[str, object]]
+) -> set[str]:
+    """Parameters that a program lowered with dense weights has dense, if at all.
+
+    Args:
+        program: the program.
+        weights: of the module.
+        orders: the keys by which delegates may have a weight, by the name of its palette.
+    """
+    signature = program.graph_signature
+    dense = {
+        weights.owners.get(signature.inputs_to_parameters.get(node.name, ""), "")
+        for node in program.graph.find_nodes(op="placeholder")
+        if node.users
+    }
+    found = {name for names in weights.decodes(program) for name in names}
+    for _, part in delegates(program):
+        keys = _keys(part)
+        taken = {weights.owners.get(name, "") for name in _parameters(part)} & orders.keys()
+        kept = {name for name in taken if not keys.isdisjoint(orders[name])}
+        dense |= taken - kept
+        found |= kept
+    return {name for name in orders if name in dense or name not in found}
 
 
 def is_delegate_call(node: fx.Node) -> bool:
@@ -65,12 +160,12 @@ def delegates(program: ExportedProgram) -> Iterator[tuple[str, LoweredBackendMod
             yield name, getattr(program.graph_module, name)
 
 
-def parameters_of(part: LoweredBackendModule) -> set[str]:
+def _parameters(part: LoweredBackendModule) -> set[str]:
     """Names of the parameters that a delegated part takes."""
     return set(part.original_module.graph_signature.inputs_to_parameters.values())
 
 
-def keys_of(part: LoweredBackendModule) -> set[str]:
+def _keys(part: LoweredBackendModule) -> set[str]:
     """Names of the constants that a delegated part holds."""
     store = part.named_data_store_output
     return set() if store is None else set(store.pte_data)
@@ -82,10 +177,11 @@ def exchange(program: ExportedProgram, blobs: Mapping[str, bytes]) -> None:
     Our delegate takes XNNPACK's place.
 
     Args:
-        program: as `to_xnnpack` made it.
+        program: as `delegate` made it.
         blobs: packed weights by the key of the dense one.
     """
-    _replace_data(program, LUT_BACKEND, {key: {BLOB_PREFIX + key: blobs[key]} for key in blobs})
+    packed = {key: {BLOB_PREFIX + key: blob} for key, blob in blobs.items()}
+    _replace_data(program, LUT_BACKEND, packed)
 
 
 def take_out(program: ExportedProgram, keys: Iterable[str]) -> None:
@@ -94,7 +190,7 @@ def take_out(program: ExportedProgram, keys: Iterable[str]) -> None:
     XNNPACK will look for them in a ``.ptd`` file.
 
     Args:
-        program: as `to_xnnpack` made it.
+        program: as `delegate` made it.
         keys: of the weights.
     """
     _replace_data(program, XnnpackBackend.__name__, {key: {} for key in keys})
@@ -104,17 +200,19 @@ def _replace_data(
     program: ExportedProgram, backend: str, replacements: Mapping[str, Mapping[str, bytes]]
 ) -> None:
     for name, part in delegates(program):
-        store = NamedDataStore()
+        store, replaced_bytes = NamedDataStore(), 0
         before = part.named_data_store_output
         for key, entry in before.pte_data.items() if before is not None else ():
-            dense = {key: before.buffers[entry.buffer_index]}
-            for new, data in replacements.get(key, dense).items():
+            dense = before.buffers[entry.buffer_index]
+            if key in replacements:
+                replaced_bytes += len(dense) + _OVERHEAD
+            for new, data in replacements.get(key, {key: dense}).items():
                 store.add_named_data(new, data, entry.alignment)
         replaced = LoweredBackendModule(
             part.original_module,
             backend,
             part.processed_bytes,
-            part.compile_specs,
+            [*part.compile_specs, CompileSpec(_DENSE_BYTES, replaced_bytes.to_bytes(8, "little"))],
             store.get_named_data_store_output(),
         )
         replaced.meta = part.meta

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from dkm_export.checking.metrics import LIMITS
 from dkm_export.checking.runtime import Arrays, NumericClass
 from dkm_exporters.coreml.options import ImageInput
-from dkm_exporters.coreml.package import Package
+from dkm_exporters.mlprogram.package import Package
 from dkm_runtimes.pixels import image_inputs, picture
 
 _OPAQUE: Final = 255

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dkm_export.checking.runtime import Arrays, NumericClass, Session
 from dkm_export.errors import InvalidInput
-from dkm_exporters.coreml.constants import DECODERS, decode_constants
-from dkm_exporters.coreml.package import Constant, Operation, Package, Reference, TensorType
+from dkm_exporters.mlprogram.constants import DECODERS, decode_constants
+from dkm_exporters.mlprogram.package import Constant, Operation, Package, Reference, TensorType
 from dkm_runtimes.coreml_reference import arrangement, operators, recurrent, spatial
 from dkm_runtimes.coreml_reference.bounds import (
     MOST_BYTES_TOGETHER,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.palette import MAX_DIM, unpack
-from dkm_exporters.coreml.package import Array, Constant, Operation, Package, Reference
+from dkm_exporters.mlprogram.package import Array, Constant, Operation, Package, Reference
 
 LUT_TO_DENSE: Final = "constexpr_lut_to_dense"
 SHIFT_SCALE: Final = "constexpr_blockwise_shift_scale"

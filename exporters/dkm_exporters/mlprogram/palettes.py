@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Final
 
 import numpy as np
@@ -15,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from dkm_export.errors import InvalidInput
 from dkm_export.palette import Layout, Palette
 from dkm_export.spec import Bits, Dim, Frozen
-from dkm_exporters.coreml.constants import (
+from dkm_exporters.mlprogram.constants import (
     LUT_TO_DENSE,
     SHIFT_SCALE,
     Arguments,
@@ -23,7 +22,7 @@ from dkm_exporters.coreml.constants import (
     decode_constants,
     read_lut,
 )
-from dkm_exporters.coreml.package import Constant, Package, Reference
+from dkm_exporters.mlprogram.package import Constant, Package, Reference
 
 LAYERS_KEY: Final = "dkm_export.layers"
 """User-defined metadata: JSON of `Layer` by the name of the operation that holds its palette."""
@@ -48,8 +47,8 @@ class Layer(Frozen):
 _LAYERS: Final = TypeAdapter(dict[str, Layer])
 
 
-def read_palettes(path: Path) -> dict[str, Palette]:
-    """Decode every palette of a package, by parameter name.
+def read_palettes(package: Package) -> dict[str, Palette]:
+    """Decode every palette of a package, by parameter name, in the order of its operations.
 
     In a package that this project did not write, the operations' outputs name the layers. What
     scales a decoded weight, as coremltools does per channel, is the palette's scale.
@@ -58,7 +57,6 @@ def read_palettes(path: Path) -> dict[str, Palette]:
         InvalidInput: when the package is malformed.
         Unsupported: when a palette has no `Palette` equivalent.
     """
-    package = Package(path)
     operations = {op.name: op for op in package.operations if op.kind == LUT_TO_DENSE}
     layers = _layers(package, operations)
     parts: dict[str, Constant] = {}
@@ -86,9 +84,20 @@ def read_palettes(path: Path) -> dict[str, Palette]:
     return palettes
 
 
-def layers_metadata(layers: Mapping[str, Layer]) -> str:
-    """The text for `LAYERS_KEY`."""
-    return _LAYERS.dump_json(dict(sorted(layers.items()))).decode()
+def layers_metadata(operations: Mapping[str, str], palettes: Mapping[str, Palette]) -> str:
+    """The text for `LAYERS_KEY`.
+
+    Args:
+        operations: parameter name by the name of the operation that decodes its palette.
+        palettes: by parameter name.
+    """
+    layers = {}
+    for operation, name in sorted(operations.items()):
+        layout = palettes[name].layout
+        layers[operation] = Layer(
+            name=name, bits=palettes[name].bits, dim=layout.dim, axis=layout.axis
+        )
+    return _LAYERS.dump_json(layers).decode()
 
 
 def _layers(package: Package, operations: Collection[str]) -> dict[str, Layer]:

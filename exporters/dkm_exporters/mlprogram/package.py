@@ -145,8 +145,12 @@ class Operation:
 class Package:
     """The main function of an ML program.
 
-    Attributes:
+    Args:
         path: the ``.mlpackage``.
+        label: what errors call it, where that is not its path.
+
+    Attributes:
+        path: as given.
         metadata: the model's user-defined metadata.
         inputs: types by name, in order; states are not among them.
         outputs: names in order, less a classifier's label and probabilities where it has others.
@@ -158,8 +162,9 @@ class Package:
         Unsupported: when it holds something other than an ML program, or unknown data types.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, label: str | None = None) -> None:
         self.path = path
+        self._label = label or str(path)
         model_file = self._model_file()
         self._model_folder = model_file.parent.relative_to(path.resolve())
         self._weights: dict[str, npt.NDArray[np.uint8]] = {}
@@ -194,11 +199,11 @@ class Package:
 
     def invalid(self, problem: str) -> InvalidInput:
         """An error that names the package, to be raised."""
-        return InvalidInput(f"{self.path}: {_printable(problem)}: export it again")
+        return InvalidInput(f"{self._label}: {_printable(problem)}: export it again")
 
     def unsupported(self, problem: str) -> Unsupported:
         """An error that names the package, to be raised."""
-        return Unsupported(f"{self.path}: {_printable(problem)}")
+        return Unsupported(f"{self._label}: {_printable(problem)}")
 
     def _model_file(self) -> Path:
         content = self._content(self._file("Manifest.json"))

@@ -39,11 +39,14 @@ _HARMLESS: Final = re.compile(
 
 
 @contextmanager
-def model_warnings() -> Iterator[None]:
+def model_warnings(target: str) -> Iterator[None]:
     """Give what coremltools logs or warns of as a `DkmWarning` of one line, at the end.
 
     Libraries' warnings about themselves and what is known to be harmless are dropped. After an
     exception, nothing is given: it has a message of its own.
+
+    Args:
+        target: whose warning it is.
     """
     logged = _Listener(logging.WARNING)
     logger = logging.getLogger("coremltools")
@@ -60,7 +63,7 @@ def model_warnings() -> Iterator[None]:
     lines = dict.fromkeys(" ".join(text.split()) for text in (*logged.texts, *said))
     for line in lines:
         if not _HARMLESS.search(line):
-            warnings.warn(f"coreml: coremltools says: {line}", DkmWarning, stacklevel=3)
+            warnings.warn(f"{target}: coremltools says: {line}", DkmWarning, stacklevel=3)
 
 
 class _Listener(logging.Handler):
