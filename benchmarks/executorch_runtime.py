@@ -162,7 +162,8 @@ def _quantized(module: nn.Module) -> nn.Module | None:
         return None
     quantized = copy.deepcopy(module)
     config = Int8DynamicActivationIntxWeightConfig(
-        weight_dtype=torch.int4,  # type: ignore[attr-defined] weight_granularity=PerGroup(32)
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        weight_granularity=PerGroup(32),
     )
     quantize_(quantized, config, lambda part, _: isinstance(part, nn.Linear))
     return quantized
