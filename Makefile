@@ -5,12 +5,15 @@ BIN := .venv/bin
 DEMO := build/demo
 RECIPE := models/dkm_models/recipes/digits.toml
 RUNTIMES := onnxruntime,onnxruntime-ort,executorch,coreml-reference
+# our delegate for ExecuTorch is built from source
+EXECUTORCH := $(if $(shell command -v c++ || command -v g++ || command -v clang++),xnnpack-lut,portable)
 
 .PHONY: demo test test-slow lint clean
 
 demo: .venv/installed
 	$(BIN)/dkm compress $(RECIPE) -o $(DEMO)/run --force
-	$(BIN)/dkm export --target all $(DEMO)/run -o $(DEMO)/out --force
+	$(BIN)/dkm export --target all $(DEMO)/run -o $(DEMO)/out --force \
+	  --set executorch.backend=$(EXECUTORCH)
 	$(BIN)/dkm check $(DEMO)/out --require $(RUNTIMES) --max-drop 1.5
 
 test: .venv/installed

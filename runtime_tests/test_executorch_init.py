@@ -24,6 +24,7 @@ from dkm_exporters.executorch.native import RUNNER, built
 from dkm_exporters.executorch.program import ProgramFile, buffer_name
 from dkm_exporters.executorch.reading import read_header
 from dkm_runtimes.executorch import ExecuTorchRuntime
+from tests.compiler import needs_compiler
 from tests.networks import palettized
 from tests.zoo import IMAGE, TOKENS, lively, palettize
 
@@ -343,6 +344,7 @@ def test_same_bytes_again(model: PalettizedModel, artifact: Path, tmp_path: Path
     assert lower(model, tmp_path).read_bytes() == artifact.read_bytes()
 
 
+@needs_compiler
 @pytest.mark.slow
 def test_in_cpp(model: PalettizedModel, artifact: Path, tmp_path: Path) -> None:
     """The runner runs init first; without it there, what forward gives is NaN."""

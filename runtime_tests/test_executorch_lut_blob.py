@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -14,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import dkm_exporters.executorch
+from dkm_exporters.executorch.native import compile_target
 from fuzz.lut_blobs import CORPUS, FIELDS, Blob, Geometry, corpus, geometries, random_blob
+from tests.compiler import needs_compiler
 
-NATIVE = Path(dkm_exporters.executorch.__file__).with_name("native")
+pytestmark = needs_compiler
 DIMS = (1, 2, 3, 4, 5, 8, 16, 64)
 
 
@@ -56,14 +55,8 @@ Expanded = npt.NDArray[np.float32] | str
 
 @pytest.fixture(scope="session")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    cmake = shutil.which("cmake")
-    if cmake is None or shutil.which("c++") is None:
-        pytest.skip("cmake and a C++ compiler are needed to build the decoder")
     build = tmp_path_factory.mktemp("lut")
-    configure = [cmake, "-S", str(NATIVE), "-B", str(build), "-DDKM_ONLY_FORMAT=ON"]
-    for command in (configure, [cmake, "--build", str(build), "--target", "dkm_lut_shared"]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    compile_target("dkm_lut_shared", build, ["-DDKM_ONLY_FORMAT=ON"])
     (library,) = build.glob("libdkm_lut_shared.*")
     return Decoder(library)
 

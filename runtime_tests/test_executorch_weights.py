@@ -24,7 +24,10 @@ from dkm_runtimes.executorch import ExecuTorchRuntime
 from dkm_runtimes.executorch_runner import ExecuTorchRunnerRuntime
 from fuzz.lut_blobs import Geometry, random_blob
 from fuzz.weights_files import CORPUS, ENTRY, HEADER, Weights, examples, hostile
+from tests.compiler import needs_compiler
 from tests.networks import palettized
+
+pytestmark = needs_compiler
 
 Expander = Callable[[Path, Path], str]
 """Expands a file to another, and returns what it says on stderr when that fails."""

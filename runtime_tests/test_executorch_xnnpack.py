@@ -29,10 +29,12 @@ from dkm_exporters.executorch.program import ProgramFile
 from dkm_exporters.executorch.xnnpack import BLOB_PREFIX, LUT_BACKEND
 from dkm_runtimes.executorch import ExecuTorchRuntime
 from dkm_runtimes.executorch_runner import ExecuTorchRunnerRuntime
+from tests.compiler import needs_compiler
 from tests.networks import FAMILIES, palettized
 from tests.zoo import CASES, IMAGE, TOKENS, lively, palettize
 
 HERE = "runtime_tests.test_executorch_xnnpack"
+pytestmark = needs_compiler
 ROWS = (InputSpec(name="rows", shape=(3, 16)),)
 XNNPACK: tuple[Backend, ...] = ("xnnpack-lut", "xnnpack-ptd")
 RUNTIMES = (ExecuTorchRuntime(), ExecuTorchRunnerRuntime())

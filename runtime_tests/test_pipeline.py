@@ -25,10 +25,12 @@ from dkm_exporters.onnx import OnnxExporter
 from dkm_models.digits import Digits
 from dkm_runtimes.coreml import CoreMLRuntime
 from dkm_runtimes.onnxruntime import OnnxRuntime
+from tests.compiler import needs_compiler
 from tests.zoo import IMAGE, ROW, TOKENS, palettize
 
 RECIPES = Path(dkm_models.__path__[0]) / "recipes"
-RUNTIMES = ("onnxruntime", "onnxruntime-ort", "executorch", "coreml-reference")
+RUNTIMES = ("onnxruntime", "onnxruntime-ort", "executorch", "executorch-runner", "coreml-reference")
+pytestmark = needs_compiler
 LAYER = "features.10.weight"
 
 Dkm = Callable[..., tuple[int, dict[str, Any]]]

@@ -14,10 +14,12 @@ from dkm_export.checkpoint import save_checkpoint
 from dkm_export.cli.main import main
 from dkm_export.palettized import InputSpec
 from dkm_export.spec import LayerRule
+from tests.compiler import needs_compiler
 from tests.zoo import IMAGE, TOKENS, lively, palettize
 
 HERE = "runtime_tests.test_ties"
-RUNTIMES = "onnxruntime,executorch,coreml-reference"
+RUNTIMES = "onnxruntime,executorch,executorch-runner,coreml-reference"
+pytestmark = needs_compiler
 
 
 class Normed(nn.Module):

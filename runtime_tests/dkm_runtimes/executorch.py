@@ -62,6 +62,12 @@ class ExecuTorchRuntime(Runtime):
             raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error
         return _ExecuTorchSession(program, forward, names, folder)
 
+    def device_test(self, artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[str, bytes]:
+        """A bundled program, ``<name>.bpte``, with these samples."""
+        from dkm_runtimes.executorch_device import make_device_test
+
+        return make_device_test(artifact, inputs, outputs)
+
 
 def expand_weights(artifact: Path, folder: Path) -> Path | None:
     """Do what an app does when it is installed; None where all weights are in the program.

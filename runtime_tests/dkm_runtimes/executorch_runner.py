@@ -24,6 +24,15 @@ class ExecuTorchRunnerRuntime(Runtime):
     where = "native CPU, our C++ runner"
     packages: ClassVar[tuple[str, ...]] = ("executorch", "cmake", "ninja")
 
+    def unavailable(self) -> str | None:
+        """Why this runtime cannot run here, or None."""
+        reason = super().unavailable()
+        if reason is None:
+            from dkm_exporters.executorch.native import unavailable
+
+            reason = unavailable()
+        return reason
+
     def load(self, artifact: Path) -> Session:
         """Load a program in a process of its own.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -23,8 +25,20 @@ BACKEND: Final = "libdkm_lut_backend.so"
 RUNNER: Final = "dkm_runner"
 EXPAND: Final = "dkm_expand"
 
+_NO_COMPILER: Final = (
+    "our native code is built from source, and here is no C++ compiler: install g++ or clang, or "
+    "export with executorch.backend=portable"
+)
+
 _TOOLS: Final = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
 """Packages that carry programs, and where they say that these are."""
+
+
+def unavailable() -> str | None:
+    """Why the native code is not there and cannot be built, or None."""
+    if Installation("executorch-native", _version()).problem() is None or _compiler():
+        return None
+    return _NO_COMPILER
 
 
 def built() -> Path:
@@ -35,6 +49,8 @@ def built() -> Path:
     """
     installation = Installation("executorch-native", _version())
     if installation.problem():
+        if not _compiler():
+            raise Unsupported(_NO_COMPILER)
         with installation.staged() as folder:
             build(folder)
     return installation.folder
@@ -58,28 +74,39 @@ def load_backend() -> None:
 
 
 def build(folder: Path, settings: Sequence[str] = ()) -> None:
-    """Build the native code into ``folder``.
+    """Build the native code and install it into ``folder``.
 
     Args:
         folder: an empty one.
-        settings: of CMake, for another target: ``-DCMAKE_TOOLCHAIN_FILE=...``.
+        settings: of CMake, for another architecture: ``-DCMAKE_TOOLCHAIN_FILE=...``.
 
     Raises:
-        Unsupported: when there is no compiler, or the code does not compile.
+        Unsupported: when the code does not compile.
     """
-    cmake, ninja = (_tool(name) for name in _TOOLS)
     with tempfile.TemporaryDirectory() as work:
-        configure = [
-            *(cmake, "-S", str(SOURCES), "-B", work, "-G", "Ninja"),
-            *(f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Release"),
-            f"-Dexecutorch_DIR={package() / 'share' / 'cmake'}",
-            *settings,
-        ]
-        install = [cmake, "--install", work, "--prefix", str(folder), "--strip"]
-        for command in (configure, [cmake, "--build", work], install):
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                raise Unsupported(_explain(result.stdout + result.stderr))
+        compile_target("all", Path(work), settings)
+        _run("--install", work, "--prefix", str(folder), "--strip")
+
+
+def compile_target(target: str, work: Path, settings: Sequence[str] = ()) -> None:
+    """Compile a target of the CMake project in the folder ``work``.
+
+    Raises:
+        Unsupported: when it does not compile.
+    """
+    _run(
+        *("-S", str(SOURCES), "-B", str(work), "-G", "Ninja"),
+        *(f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-DCMAKE_BUILD_TYPE=Release"),
+        f"-Dexecutorch_DIR={package() / 'share' / 'cmake'}",
+        *settings,
+    )
+    _run("--build", str(work), "--target", target)
+
+
+def _run(*arguments: str) -> None:
+    result = subprocess.run([_tool("cmake"), *arguments], capture_output=True, text=True)
+    if result.returncode:
+        raise Unsupported(_explain(result.stdout + result.stderr))
 
 
 def package() -> Path:
@@ -104,11 +131,12 @@ def _tool(name: str) -> str:
     return str(Path(getattr(module, _TOOLS[name]), name))
 
 
+def _compiler() -> str | None:
+    """Where CMake finds one."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next(filter(None, map(shutil.which, names)), None)
+
+
 def _explain(log: str) -> str:
-    if "No CMAKE_CXX_COMPILER could be found" in log:
-        return (
-            "executorch: our delegate is built from source, and here is no C++ compiler: install "
-            "g++ or clang, or set executorch.backend=portable"
-        )
     lines = [line.strip() for line in log.splitlines() if "rror" in line]
     return f"executorch: our delegate does not compile: {lines[0] if lines else log[-200:]}"
