@@ -47,9 +47,8 @@ def verifying(content: bytes) -> Callable[[int], object]:
 
     load_backend()
     bundle = portable_lib._load_bundled_program_from_buffer(content)
-    module = portable_lib._load_for_executorch_from_bundled_program(bundle)
-    return lambda index: module.verify_result_with_bundled_expected_output(
-        bundle, "forward", index, 1e-3, 1e-5
+    return lambda index: bundle.verify_result_with_bundled_expected_output(
+        "forward", index, 1e-3, 1e-5
     )
 
 

@@ -50,7 +50,7 @@ def read(path: Path) -> dict[str, Palette]:
     file = ProgramFile(path)
     header = read_header(file)
     palettes: dict[str, Palette] = {}
-    for names, palette in zip(header.decodes, _decoded(file, header), strict=True):
+    for names, palette in zip(header.decodes, _Reader(file, header).palettes(), strict=True):
         for name in names:
             difference = palettes.setdefault(name, palette).difference(palette)
             if difference:
@@ -90,88 +90,105 @@ class _Decode:
     used: bool = False
 
 
-def _decoded(file: ProgramFile, header: Header) -> list[Palette]:
-    """The palette of each of the header's decodes."""
-    names = (entry[0] for entry in header.decodes)
-    buffers, packed = Buffers(file), _packed(file, header)
-    decodes: list[_Decode] = []
-    methods = ("init", "forward") if header.backend == "xnnpack-init" else ("forward",)
-    try:
-        for method in methods:
-            decodes += _decoded_by(file, header, method, names, buffers, packed)
-    except (IndexError, AttributeError, TypeError, ValueError) as error:
-        raise InvalidInput(f"{file.path}: an instruction is malformed: export it again") from error
-    for entry, found in zip_longest(header.decodes, decodes):
-        if entry is None:
-            raise InvalidInput(f"{file.path}: has more decodes than its header names")
-        if found is None or not found.used:
-            raise InvalidInput(
-                f"{file.path}: {entry[0]}: the program does not compute this weight from a "
-                "palette: export it again"
-            )
-    buffers.check(header.buffers)
-    return [decode.palette for decode in decodes]
+class _Reader:
+    """Follows a program and gives each decode that it finds the next name of the header."""
 
+    def __init__(self, file: ProgramFile, header: Header) -> None:
+        self._file, self._header = file, header
+        self._names = (names[0] for names in header.decodes)
+        self._buffers = Buffers(file)
+        self._packed = _packed(file, header)
 
-def _decoded_by(
-    file: ProgramFile,
-    header: Header,
-    method: str,
-    names: Iterator[str],
-    buffers: Buffers,
-    packed: Callable[[str], bytes | None],
-) -> list[_Decode]:
-    """The decodes of one method."""
-    lookups: dict[Lookup, _Decode] = {}
-    decodes: list[_Decode] = []
-    fewest = min((layer.shape[0] for layer in header.layers.values()), default=1)
-    limit = _memory_limit(file, header)
-    for step in Interpreter(file, method, limit, fewest).steps():
-        for value in step.takes:
-            if value.lookup is not None:
-                decode = lookups[value.lookup]
-                decode.used = decode.used or _is_weight(value, value.lookup, decode.palette)
-        lookup = None if step.result is None else step.result.lookup
-        if lookup is not None and lookup not in lookups:
-            name = next(names, "")
-            lookups[lookup] = _Decode(_palette(file, header, lookup, name), name)
-            decodes.append(lookups[lookup])
-        if step.delegate is not None:
-            decodes += _delegated(file, header, step.delegate, names, packed)
-        if method == "init":
-            buffers.written(step, "" if lookup is None else lookups[lookup].name)
-        else:
-            buffers.taken(step)
-    return decodes
-
-
-def _delegated(
-    file: ProgramFile,
-    header: Header,
-    index: int,
-    names: Iterator[str],
-    packed: Callable[[str], bytes | None],
-) -> Iterator[_Decode]:
-    """The palettes of a delegate, in the order in which it asks for them."""
-    if file.backend("forward", index) == _COREML:
-        yield from _ml_program(file, header, index, names)
-        return
-    try:
-        keys = constant_keys(file.delegate("forward", index))
-    except (KeyError, RuntimeError, OSError, CalledProcessError) as error:
-        raise InvalidInput(
-            f"{file.path}: delegate {index} is malformed: export it again"
-        ) from error
-    for key in keys:
-        blob = packed(key)
-        if blob is None:
-            continue
-        name = next(names, "")
-        layer = _layer(file, header, name)
+    def palettes(self) -> list[Palette]:
+        """The palette of each of the header's decodes."""
+        decodes: list[_Decode] = []
+        methods = ("init", "forward") if self._header.backend == "xnnpack-init" else ("forward",)
         try:
-            yield _Decode(read_blob(blob, key, layer), used=True)
+            for method in methods:
+                decodes += self._follow(method)
+        except (IndexError, AttributeError, TypeError, ValueError) as error:
+            raise InvalidInput(
+                f"{self._file.path}: an instruction is malformed: export it again"
+            ) from error
+        for names, found in zip_longest(self._header.decodes, decodes):
+            if names is None:
+                raise InvalidInput(f"{self._file.path}: has more decodes than its header names")
+            if found is None or not found.used:
+                raise InvalidInput(
+                    f"{self._file.path}: {names[0]}: the program does not compute this weight from "
+                    "a palette: export it again"
+                )
+        self._buffers.check(self._header.buffers)
+        return [decode.palette for decode in decodes]
+
+    def _follow(self, method: str) -> list[_Decode]:
+        """The decodes of one method."""
+        lookups: dict[Lookup, _Decode] = {}
+        decodes: list[_Decode] = []
+        fewest = min((layer.shape[0] for layer in self._header.layers.values()), default=1)
+        limit = _memory_limit(self._file, self._header)
+        for step in Interpreter(self._file, method, limit, fewest).steps():
+            for value in step.takes:
+                if value.lookup is not None:
+                    decode = lookups[value.lookup]
+                    decode.used = decode.used or _is_weight(value, value.lookup, decode.palette)
+            lookup = None if step.result is None else step.result.lookup
+            if lookup is not None and lookup not in lookups:
+                lookups[lookup] = self._looked_up(lookup)
+                decodes.append(lookups[lookup])
+            if step.delegate is not None:
+                decodes += self._delegated(step.delegate)
+            if method == "init":
+                self._buffers.written(step, "" if lookup is None else lookups[lookup].name)
+            else:
+                self._buffers.taken(step)
+        return decodes
+
+    def _looked_up(self, lookup: Lookup) -> _Decode:
+        name, layer = self._next()
+        try:
+            return _Decode(_palette(lookup, layer), name)
         except InvalidInput as error:
-            raise InvalidInput(f"{file.path}: {name}: {error}") from error
+            raise InvalidInput(f"{self._file.path}: {name}: {error}") from error
+
+    def _delegated(self, index: int) -> Iterator[_Decode]:
+        """The palettes of a delegate, in the order in which it asks for them."""
+        if self._file.backend("forward", index) == _COREML:
+            yield from self._ml_program(index)
+            return
+        try:
+            keys = constant_keys(self._file.delegate("forward", index))
+        except (KeyError, RuntimeError, OSError, CalledProcessError) as error:
+            raise InvalidInput(
+                f"{self._file.path}: delegate {index} is malformed: export it again"
+            ) from error
+        for blob, key in ((self._packed(key), key) for key in keys):
+            if blob is None:
+                continue
+            name, layer = self._next()
+            try:
+                yield _Decode(read_blob(blob, key, layer), name, used=True)
+            except InvalidInput as error:
+                raise InvalidInput(f"{self._file.path}: {name}: {error}") from error
+
+    def _ml_program(self, index: int) -> Iterator[_Decode]:
+        """The palettes of a Core ML delegate, in the order of its operations."""
+        # It imports coremltools, which takes seconds.
+        from dkm_exporters.executorch.ml_programs import read_part
+
+        label = f"{self._file.path}: delegate {index}"
+        for found, palette in read_part(self._file.delegate("forward", index), label).items():
+            name, layer = self._next()
+            if found != name or PaletteEntry.of(palette) != layer:
+                raise InvalidInput(f"{label}: {found}: the header says '{name}', or another layout")
+            yield _Decode(palette, name, used=True)
+
+    def _next(self) -> tuple[str, PaletteEntry]:
+        name = next(self._names, "")
+        layer = self._header.layers.get(name)
+        if layer is None:
+            raise InvalidInput(f"{self._file.path}: has more decodes than its header names")
+        return name, layer
 
 
 def _packed(file: ProgramFile, header: Header) -> Callable[[str], bytes | None]:
@@ -187,56 +204,30 @@ def _packed(file: ProgramFile, header: Header) -> Callable[[str], bytes | None]:
     return blobs.get
 
 
-def _ml_program(
-    file: ProgramFile, header: Header, index: int, names: Iterator[str]
-) -> Iterator[_Decode]:
-    """The palettes of a Core ML delegate, in the order of its operations."""
-    # It imports coremltools, which takes seconds.
-    from dkm_exporters.executorch.ml_programs import read_part
-
-    label = f"{file.path}: delegate {index}"
-    for found, palette in read_part(file.delegate("forward", index), label).items():
-        name = next(names, "")
-        if found != name or PaletteEntry.of(palette) != _layer(file, header, name):
-            raise InvalidInput(f"{label}: {found}: the header says '{name}', or another layout")
-        yield _Decode(palette, used=True)
-
-
-def _layer(file: ProgramFile, header: Header, name: str) -> PaletteEntry:
-    layer = header.layers.get(name)
-    if layer is None:
-        raise InvalidInput(f"{file.path}: has more decodes than its header names")
-    return layer
-
-
 def _memory_limit(file: ProgramFile, header: Header) -> int:
     """Bytes: four times the largest weight, which its decode stays below, and the file unpacked."""
     weights = max((layer.layout.vectors * layer.dim for layer in header.layers.values()), default=0)
     return 4 * (4 * weights + 4 * file.size)
 
 
-def _palette(file: ProgramFile, header: Header, lookup: Lookup, name: str) -> Palette:
-    layer = _layer(file, header, name)
+def _palette(lookup: Lookup, layer: PaletteEntry) -> Palette:
     layout = layer.layout
     lut = lookup.lut.reshape(-1)
     count = layout.groups << layer.bits
     indices = _indices(lookup, layer)
     if lut.size != count * layout.dim or indices.size != layout.vectors:
         raise InvalidInput(
-            f"{file.path}: {name}: {indices.size} indices into {lut.size} LUT entries, "
+            f"{indices.size} indices into {lut.size} LUT entries, "
             f"expected {layout.vectors} into {count * layout.dim}"
         )
     if (indices < 0).any() or (indices >> layer.bits).any():
-        raise InvalidInput(f"{file.path}: {name}: indices exceed {layer.bits} bits")
-    try:
-        return Palette(
-            layer.bits,
-            layout,
-            lut.reshape(layout.groups, -1, layout.dim).copy(),
-            indices.astype(np.uint8).reshape(layout.index_shape),
-        )
-    except InvalidInput as error:
-        raise InvalidInput(f"{file.path}: {name}: {error}") from error
+        raise InvalidInput(f"indices exceed {layer.bits} bits")
+    return Palette(
+        layer.bits,
+        layout,
+        lut.reshape(layout.groups, -1, layout.dim).copy(),
+        indices.astype(np.uint8).reshape(layout.index_shape),
+    )
 
 
 def _indices(lookup: Lookup, layer: PaletteEntry) -> npt.NDArray[Any]:
