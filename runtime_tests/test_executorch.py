@@ -24,7 +24,8 @@ from dkm_export.spec import LayerRule
 from dkm_exporters.executorch import ExecuTorchExporter, ExecuTorchOptions
 from dkm_exporters.executorch.decode import Decode
 from dkm_runtimes.executorch import ExecuTorchRuntime
-from tests.zoo import CASES, IMAGE, lively, palettize
+from tests.programs import differing
+from tests.zoo import CASES, IMAGE, ROW, lively, palettize
 
 REPOSITORY = Path(__file__).parents[1]
 HERE = "runtime_tests.test_executorch"
@@ -62,24 +63,8 @@ class Shared(nn.Module):
         return x @ self.first.weight, self.second(x)
 
 
-class Unused(nn.Module):
-    """A layer that never runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.unused = nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        y: Tensor = self.used(rows)
-        return y
-
-
 def shared() -> nn.Module:
     return lively(Shared())
-
-
-def unused() -> nn.Module:
-    return lively(Unused())
 
 
 def volumes() -> nn.Module:
@@ -92,13 +77,6 @@ def lower(model: PalettizedModel, folder: Path) -> Path:
 
 def read(artifact: Path) -> dict[str, Palette]:
     return ExecuTorchExporter().read_palettes(artifact)
-
-
-def differing(model: PalettizedModel, artifact: Path) -> list[str]:
-    """Names of the palettes that the artifact holds otherwise."""
-    found = read(artifact)
-    assert found.keys() == model.palettes.keys()
-    return [name for name, p in model.palettes.items() if p.difference(found[name])]
 
 
 def worst_error(model: PalettizedModel, artifact: Path) -> float:
@@ -335,7 +313,7 @@ def test_wrong_input_is_one_line(original: Path) -> None:
 
 
 def test_a_palette_that_is_not_used_is_named(tmp_path: Path) -> None:
-    model = palettize(f"{HERE}:unused", ROWS, LayerRule(bits=2))
+    model = palettize("tests.zoo:unused", ROW, LayerRule(bits=2))
     with pytest.raises(Unsupported, match=r"does not use the palette of unused\.weight"):
         lower(model, tmp_path)
 

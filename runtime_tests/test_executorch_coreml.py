@@ -27,6 +27,7 @@ from dkm_runtimes.coreml_reference import CoreMLReferenceRuntime
 from dkm_runtimes.executorch import ExecuTorchRuntime
 from tests import mlpackages, networks
 from tests.kinds import palettize_kinds
+from tests.programs import differing
 from tests.zoo import IMAGE, ROW, TOKENS, lively, palettize
 
 HERE = "runtime_tests.test_executorch_coreml"
@@ -103,18 +104,6 @@ class Bare(nn.Module):
         return y
 
 
-class Unused(nn.Module):
-    """A layer that never runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used, self.unused = nn.Linear(48, 48), nn.Linear(48, 48)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.used(x)
-        return y
-
-
 def split() -> nn.Module:
     return lively(Split())
 
@@ -131,10 +120,6 @@ def bare() -> nn.Module:
     return lively(Bare())
 
 
-def unused() -> nn.Module:
-    return lively(Unused())
-
-
 def lower(
     model: PalettizedModel,
     folder: Path,
@@ -148,13 +133,6 @@ def lower(
 
 def read(artifact: Path) -> Any:
     return ExecuTorchExporter().read_palettes(artifact)
-
-
-def differing(model: PalettizedModel, artifact: Path) -> list[str]:
-    """Names of the palettes that the artifact holds otherwise."""
-    found = read(artifact)
-    assert found.keys() == model.palettes.keys()
-    return [name for name, p in model.palettes.items() if p.difference(found[name])]
 
 
 def delegates(artifact: Path) -> list[dict[str, bytes]]:
@@ -351,13 +329,16 @@ def test_each_part_holds_the_palettes_that_it_uses(
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        ("bare", r"second\.weight: Core ML does not take what uses this weight.*xnnpack-lut"),
-        ("thrice", r"layer\..* is used by several parts of it, and twice by one"),
-        ("unused", r"does not use the palette of unused\.weight"),
+        (
+            f"{HERE}:bare",
+            r"second\.weight: Core ML does not take what uses this weight.*xnnpack-lut",
+        ),
+        (f"{HERE}:thrice", r"layer\..* is used by several parts of it, and twice by one"),
+        ("tests.zoo:unused", r"does not use the palette of unused\.weight"),
     ],
 )
 def test_what_would_be_dense_is_refused(factory: str, message: str, tmp_path: Path) -> None:
-    model = palettize(f"{HERE}:{factory}", ROW, LayerRule(bits=4))
+    model = palettize(factory, ROW, LayerRule(bits=4))
     with pytest.raises(Unsupported, match=message):
         lower(model, tmp_path)
 

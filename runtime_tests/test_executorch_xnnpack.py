@@ -31,6 +31,7 @@ from dkm_runtimes.executorch import ExecuTorchRuntime
 from dkm_runtimes.executorch_runner import ExecuTorchRunnerRuntime
 from tests.compiler import needs_compiler
 from tests.networks import FAMILIES, palettized
+from tests.programs import differing
 from tests.zoo import CASES, IMAGE, TOKENS, lively, palettize
 
 HERE = "runtime_tests.test_executorch_xnnpack"
@@ -92,13 +93,6 @@ def lower(model: PalettizedModel, folder: Path, backend: Backend, **options: Any
 
 def read(artifact: Path) -> dict[str, Palette]:
     return ExecuTorchExporter().read_palettes(artifact)
-
-
-def differing(model: PalettizedModel, artifact: Path) -> list[str]:
-    """Names of the palettes that the artifact holds otherwise."""
-    found = read(artifact)
-    assert found.keys() == model.palettes.keys()
-    return [name for name, p in model.palettes.items() if p.difference(found[name])]
 
 
 def inputs_of(model: PalettizedModel, batch: int | None = None) -> Iterator[tuple[Tensor, ...]]:

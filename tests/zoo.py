@@ -119,6 +119,18 @@ class Arithmetic(nn.Module):
         return z
 
 
+class Unused(nn.Module):
+    """A layer that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(48, 48), nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.used(x)
+        return y
+
+
 class HalfLine(nn.Linear):
     """A bfloat16 layer that takes and gives float32."""
 
@@ -154,6 +166,10 @@ def convolutions() -> nn.Module:
 
 def arithmetic() -> nn.Module:
     return lively(Arithmetic())
+
+
+def unused() -> nn.Module:
+    return lively(Unused())
 
 
 def tokens() -> nn.Module:
