@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from dkm_export.palettized import InputSpec, PalettizedModel
 from dkm_export.spec import LayerRule
 from dkm_exporters.executorch import ExecuTorchExporter, ExecuTorchOptions
 from dkm_exporters.executorch.decode import Decode
+from dkm_exporters.executorch.options import Backend
 from dkm_runtimes.executorch import ExecuTorchRuntime
 from tests.programs import differing
 from tests.zoo import CASES, IMAGE, ROW, lively, palettize
@@ -328,6 +329,28 @@ def test_number_of_outputs_is_checked(tmp_path: Path) -> None:
     model = palettize(f"{HERE}:shared", ROWS, LayerRule(bits=2))
     with pytest.raises(InvalidInput, match="returns 2 outputs, its source names 1"):
         lower(model, tmp_path)
+
+
+def test_export_needs_no_network() -> None:
+    """ExecuTorch's package for Qualcomm downloads an SDK when it is imported."""
+    script = (
+        "import socket, sys, tempfile\n"
+        "from pathlib import Path\n"
+        "def refuse(*arguments): raise AssertionError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "sys.path.append(sys.argv[1])\n"
+        "from dkm_export.spec import LayerRule\n"
+        "from dkm_exporters.executorch import ExecuTorchExporter, ExecuTorchOptions\n"
+        "from tests.zoo import TOKENS, palettize\n"
+        "model = palettize('tests.zoo:tokens', TOKENS, LayerRule(bits=2))\n"
+        "for backend in sys.argv[2:]:\n"
+        "    folder, options = Path(tempfile.mkdtemp()), ExecuTorchOptions(backend=backend)\n"
+        "    artifact = ExecuTorchExporter().lower(model, model.build(), folder, options)\n"
+        "    ExecuTorchExporter().read_palettes(artifact)\n"
+        "assert not [name for name in sys.modules if 'backends.qualcomm' in name]"
+    )
+    command = [sys.executable, "-c", script, str(REPOSITORY), *get_args(Backend)]
+    subprocess.run(command, check=True)
 
 
 def test_importing_the_packages_imports_no_torch() -> None:
