@@ -331,6 +331,7 @@ def test_number_of_outputs_is_checked(tmp_path: Path) -> None:
         lower(model, tmp_path)
 
 
+@pytest.mark.slow
 def test_export_needs_no_network() -> None:
     """ExecuTorch's package for Qualcomm downloads an SDK when it is imported."""
     script = (

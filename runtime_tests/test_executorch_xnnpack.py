@@ -262,6 +262,7 @@ def test_the_app_chooses_the_batch(backend: Backend, runtime: Runtime, tmp_path:
         run(session, model, next(inputs_of(model, 6)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 3, 8])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("dim", [1, 4, 5])
@@ -380,6 +381,7 @@ def test_damaged_files_are_read_or_refused(artifact: Path) -> None:
     assert refused > 10
 
 
+@pytest.mark.slow
 def test_every_backend_says_what_the_app_links(tmp_path: Path) -> None:
     model = palettize("tests.zoo:tokens", TOKENS, LayerRule(bits=3))
     for backend in get_args(Backend):

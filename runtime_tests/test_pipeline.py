@@ -127,7 +127,9 @@ def test_one_changed_lut_entry_fails_and_is_named(dkm: Dkm, copy: Path, target: 
         for finding in artifact["findings"]
         if finding["status"] == "fail"
     ]
-    assert any(message.startswith(f"{LAYER}: 1 of") for message in failures), failures
+    # of ExecuTorch's packed weights the hash is wrong, which says no more than the layer
+    found = f"{LAYER}: " + ("the packed weight" if target == "executorch" else "1 of")
+    assert any(found in message for message in failures), failures
 
 
 def test_a_single_artifact_can_be_checked(dkm: Dkm, export: Path) -> None:

@@ -298,6 +298,7 @@ def test_a_step_can_be_computed_in_parts() -> None:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
     [

@@ -56,7 +56,7 @@ class WeightsFile:
         """
         sizes = {key: expanded_size(blob) for key, blob in blobs.items()}
         entries = {key: DataEntry(index, _ALIGNMENT, None) for index, key in enumerate(sizes)}
-        # What the weights are does not matter to the head: the kernel gives these zeros no memory.
+        # What the weights are does not matter to the head.
         payload = DataPayload([bytes(size) for size in sizes.values()], entries)
         config = FlatTensorConfig(segment_alignment=_ALIGNMENT)
         serialized = bytes(FlatTensorSerializer(config).serialize(payload))

@@ -208,11 +208,14 @@ def _replace_data(
                 replaced_bytes += len(dense) + _OVERHEAD
             for new, data in replacements.get(key, {key: dense}).items():
                 store.add_named_data(new, data, entry.alignment)
+        specs = []
+        if backend == LUT_BACKEND:
+            specs = [CompileSpec(_DENSE_BYTES, replaced_bytes.to_bytes(8, "little"))]
         replaced = LoweredBackendModule(
             part.original_module,
             backend,
             part.processed_bytes,
-            [*part.compile_specs, CompileSpec(_DENSE_BYTES, replaced_bytes.to_bytes(8, "little"))],
+            [*part.compile_specs, *specs],
             store.get_named_data_store_output(),
         )
         replaced.meta = part.meta
