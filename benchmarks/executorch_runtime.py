@@ -34,7 +34,7 @@ from executorch.exir import to_edge_transform_and_lower
 from torch import nn
 
 from benchmarks.full_size import FULL_SIZE, LENGTH, Network
-from benchmarks.measuring import duration, machine, size, spread, table, write_report
+from benchmarks.measuring import duration, machine, ratios, size, spread, table, write_report
 from dkm_export.errors import Unsupported
 from dkm_export.folding import fold_batch_norm
 from dkm_export.quiet import quiet
@@ -252,7 +252,7 @@ def measure(name: str, rounds: int, seconds: float) -> tuple[list[tuple[str, ...
         if method == OURS and not same:
             problems.append(f"{name}, {method}: outputs are not fp32's")
     for key, limit in LIMITS.items():
-        ratio = median(_ratios(costs[OURS], costs[FP32], key))
+        ratio = median(ratios(costs[OURS], costs[FP32], key))
         if ratio > limit:
             problems.append(f"{name}, {OURS}: {key} {ratio:.3f}x of fp32, at most {limit}x")
     return rows, problems
@@ -278,7 +278,7 @@ def _output(line: str) -> npt.NDArray[np.float32]:
 def _cells(ours: Sequence[Cost], theirs: Sequence[Cost]) -> tuple[str, ...]:
     def cell(key: str, text: Callable[[float], str]) -> str:
         middle = text(median(getattr(cost, key) for cost in ours))
-        return middle if ours is theirs else f"{middle}, {spread(_ratios(ours, theirs, key))}"
+        return middle if ours is theirs else f"{middle}, {spread(ratios(ours, theirs, key))}"
 
     texts = {
         "load": duration,
@@ -288,11 +288,6 @@ def _cells(ours: Sequence[Cost], theirs: Sequence[Cost]) -> tuple[str, ...]:
         "peak": size,
     }
     return tuple(cell(key, text) for key, text in texts.items())
-
-
-def _ratios(ours: Sequence[Cost], theirs: Sequence[Cost], key: str) -> list[float]:
-    """By round."""
-    return [getattr(a, key) / getattr(b, key) for a, b in zip(ours, theirs, strict=True)]
 
 
 def main() -> int:

@@ -151,6 +151,11 @@ def _set_allocator(mmap_threshold: int, trim_threshold: int) -> None:
         libc.mallopt(-1, trim_threshold)
 
 
+def ratios(ours: Sequence[object], theirs: Sequence[object], key: str) -> list[float]:
+    """Of the attribute ``key`` of two methods' costs, by round."""
+    return [getattr(a, key) / getattr(b, key) for a, b in zip(ours, theirs, strict=True)]
+
+
 def spread(ratios: Iterable[float]) -> str:
     """Median and range, as in ``8.10x (7.92..8.43)``; no range when there is none."""
     ordered = sorted(ratios)

@@ -25,6 +25,7 @@ from benchmarks.full_size import FULL_SIZE, LENGTH, Network
 from benchmarks.measuring import (
     duration,
     machine,
+    ratios,
     run_in_turn,
     save_samples,
     size,
@@ -240,7 +241,7 @@ def measure(
     limits = EMBEDDING_LIMITS if name == EMBEDDING else LIMITS
     for method in limits.keys() & costs.keys():
         for key, limit in limits[method].items():
-            ratio = median(_ratios(costs[method], costs[FP32], key))
+            ratio = median(ratios(costs[method], costs[FP32], key))
             if ratio > limit:
                 problems.append(f"{name}, {method}: {key} {ratio:.3f}x of fp32, at most {limit}x")
     return rows, problems
@@ -253,7 +254,7 @@ def _cells(ours: Sequence[Cost], theirs: Sequence[Cost], count: int) -> tuple[st
     def with_ratio(key: str, text: Callable[[float], str]) -> str:
         if ours is theirs:
             return text(middle(key))
-        return f"{text(middle(key))}, {spread(_ratios(ours, theirs, key))}"
+        return f"{text(middle(key))}, {spread(ratios(ours, theirs, key))}"
 
     return (
         f"{count:,} B",
@@ -266,11 +267,6 @@ def _cells(ours: Sequence[Cost], theirs: Sequence[Cost], count: int) -> tuple[st
         size(middle("trimmed")),
         size(middle("peak")),
     )
-
-
-def _ratios(ours: Sequence[Cost], theirs: Sequence[Cost], key: str) -> list[float]:
-    """By round."""
-    return [getattr(a, key) / getattr(b, key) for a, b in zip(ours, theirs, strict=True)]
 
 
 def main() -> int:
