@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dkm_export.checking.localisation import localise
 from dkm_export.checking.metrics import (
     LIMITS,
     Fidelity,
@@ -19,7 +20,7 @@ from dkm_export.checking.metrics import (
     violations,
 )
 from dkm_export.checking.reference import Outputs, Reference
-from dkm_export.checking.report import Finding, RuntimeReport, Status, failed, passed
+from dkm_export.checking.report import Finding, RuntimeReport, Status, failed, passed, worst
 from dkm_export.checking.runtime import Runtime, Session
 from dkm_export.errors import DkmError, InvalidInput, Unsupported
 from dkm_export.samples import fixed_batches
@@ -32,7 +33,7 @@ def check_runtime(path: Path, runtime: Runtime, reference: Reference) -> Runtime
         reason = runtime.unavailable()
         if reason:
             raise Unsupported(reason)
-        return _report(runtime).model_copy(update=_run(runtime.load(path), reference))
+        return _report(runtime).model_copy(update=_run(path, runtime, reference))
     except Unsupported as error:
         return not_run(runtime, str(error))
     except Exception as error:  # a runtime raises anything
@@ -52,8 +53,9 @@ def _report(runtime: Runtime, *findings: Finding) -> RuntimeReport:
     )
 
 
-def _run(session: Session, reference: Reference) -> Mapping[str, object]:
+def _run(path: Path, runtime: Runtime, reference: Reference) -> Mapping[str, object]:
     """The fields of the report that come from running."""
+    session = runtime.load(path)
     limits = LIMITS[session.numeric_class]
     outputs = _run_samples(session, reference)
     fidelity = {
@@ -62,7 +64,11 @@ def _run(session: Session, reference: Reference) -> Mapping[str, object]:
             reference.model.source.outputs, reference.samples.outputs, outputs, strict=True
         )
     }
-    findings = [*_check_fidelity(fidelity, limits), _check_controls(outputs, reference, limits)]
+    findings = list(_check_fidelity(fidelity, limits))
+    if worst(findings) is Status.FAIL:
+        sample = reference.samples.input(_worst_sample(outputs, reference, limits))
+        findings.append(localise(path, runtime, reference.model, sample, limits.relative_l2))
+    findings.append(_check_controls(outputs, reference, limits))
     metric = None
     if reference.task is not None:
         metric, finding = _check_task(session, reference, reference.task, limits)
@@ -97,6 +103,15 @@ def _check_fidelity(fidelity: Mapping[str, Fidelity], limits: Limits) -> Iterato
             yield failed("fidelity", f"{name}: {'; '.join(broken)}")
         else:
             yield passed("fidelity", f"{name}: relative L2 {measured.relative_l2:.1e}")
+
+
+def _worst_sample(outputs: Outputs, reference: Reference, limits: Limits) -> int:
+    """The index of the sample with the largest error in any output."""
+    errors = [
+        [compare(*pair, limits).relative_l2 for pair in zip(expected.numpy(), output, strict=True)]
+        for expected, output in zip(reference.samples.outputs, outputs, strict=True)
+    ]
+    return int(np.max(errors, axis=0).argmax())
 
 
 def _check_controls(outputs: Outputs, reference: Reference, limits: Limits) -> Finding:

@@ -24,7 +24,14 @@ class Status(StrEnum):
 
 
 Check = Literal[
-    "structure", "samples", "accuracy", "fidelity", "predictions", "negative control", "run"
+    "structure",
+    "samples",
+    "accuracy",
+    "fidelity",
+    "localisation",
+    "predictions",
+    "negative control",
+    "run",
 ]
 
 

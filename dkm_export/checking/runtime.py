@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy.typing as npt
 
 from dkm_export.checking.installation import Installation
+from dkm_export.errors import Unsupported
 from dkm_export.plugins import missing_packages
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -72,6 +73,26 @@ class Runtime(ABC):
             Unsupported: when the runtime cannot execute it, with the operator or feature.
             InvalidInput: when the file is malformed.
         """
+
+    def intermediates(
+        self, artifact: Path, inputs: Arrays
+    ) -> Iterable[tuple[str, npt.NDArray[Any]]]:
+        """Run once and show every tensor that depends on the inputs, the outputs among them.
+
+        Where a check finds wrong outputs, it looks here for the layer that they come from.
+
+        Args:
+            artifact: that `load` takes.
+            inputs: as for `Session.run`.
+
+        Returns:
+            Names in the artifact, and arrays, in any layout and any order.
+
+        Raises:
+            Unsupported: when the runtime cannot show them, with the reason.
+            InvalidInput: when the file is malformed.
+        """
+        raise Unsupported(f"{self.name} shows outputs only")
 
     def device_test(self, artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[str, bytes]:
         """A test for an app's own tests, which does on the device what `dkm check` does here.

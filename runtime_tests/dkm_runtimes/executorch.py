@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from dkm_export.checking.runtime import Arrays, NumericClass, Runtime, Session
 from dkm_export.errors import InvalidInput, Unsupported
+
+if TYPE_CHECKING:
+    from dkm_exporters.executorch.program import ProgramFile
 
 
 class ExecuTorchRuntime(Runtime):
@@ -29,44 +33,66 @@ class ExecuTorchRuntime(Runtime):
                 built.
             InvalidInput: when the file is missing, malformed or not written by this project.
         """
-        import executorch.runtime
-
-        from dkm_exporters.executorch.header import INPUTS_METHOD
-        from dkm_exporters.executorch.native import load_backend
         from dkm_exporters.executorch.program import ProgramFile
-        from dkm_exporters.executorch.reading import read_header
 
-        backend = read_header(ProgramFile(artifact)).backend
-        if backend == "coreml":
-            raise Unsupported(
-                f"{artifact}: is for the Core ML delegate, which runs on Apple systems only"
-            )
-        if backend == "xnnpack-lut":
-            load_backend()
-        folder = TemporaryDirectory()
-        try:
-            program = executorch.runtime.Runtime.get().load_program(
-                artifact.read_bytes(), data_path=expand_weights(artifact, Path(folder.name))
-            )
-        except RuntimeError as error:
-            raise InvalidInput(
-                f"{artifact}: not a whole ExecuTorch program: {error}: export it again"
-            ) from error
-        try:
-            names = program.load_method(INPUTS_METHOD).execute([])
-            if "init" in program.method_names:
-                # The methods of a program share their memory here.
-                program.load_method("init").execute([])
-            forward = program.load_method("forward")
-        except RuntimeError as error:
-            raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error
-        return _ExecuTorchSession(program, forward, names, folder)
+        return _open(ProgramFile(artifact), artifact.read_bytes())
+
+    def intermediates(
+        self, artifact: Path, inputs: Arrays
+    ) -> Iterable[tuple[str, npt.NDArray[Any]]]:
+        """Run a copy of the program that also returns what it and its XNNPACK delegates compute.
+
+        Raises:
+            Unsupported: when the runtime rejects the copy, or it would take too much memory.
+            InvalidInput: when the file is malformed.
+        """
+        from dkm_exporters.executorch.exposing import expose
+        from dkm_exporters.executorch.program import ProgramFile
+
+        file = ProgramFile(artifact)
+        names = expose(file)
+        return zip(names, _open(file, file.to_bytes()).run(inputs), strict=True)
 
     def device_test(self, artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[str, bytes]:
         """A bundled program, ``<name>.bpte``, with these samples."""
         from dkm_runtimes.executorch_device import make_device_test
 
         return make_device_test(artifact, inputs, outputs)
+
+
+def _open(file: ProgramFile, content: bytes) -> Session:
+    """A session of ``content``, which is the file's or made from it."""
+    import executorch.runtime
+
+    from dkm_exporters.executorch.header import INPUTS_METHOD
+    from dkm_exporters.executorch.native import load_backend
+    from dkm_exporters.executorch.reading import read_header
+
+    artifact, backend = file.path, read_header(file).backend
+    if backend == "coreml":
+        raise Unsupported(
+            f"{artifact}: is for the Core ML delegate, which runs on Apple systems only"
+        )
+    if backend == "xnnpack-lut":
+        load_backend()
+    folder = TemporaryDirectory()
+    try:
+        program = executorch.runtime.Runtime.get().load_program(
+            content, data_path=expand_weights(artifact, Path(folder.name))
+        )
+    except RuntimeError as error:
+        raise InvalidInput(
+            f"{artifact}: not a whole ExecuTorch program: {error}: export it again"
+        ) from error
+    try:
+        names = program.load_method(INPUTS_METHOD).execute([])
+        if "init" in program.method_names:
+            # The methods of a program share their memory here.
+            program.load_method("init").execute([])
+        forward = program.load_method("forward")
+    except RuntimeError as error:
+        raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error
+    return _ExecuTorchSession(program, forward, names, folder)
 
 
 def expand_weights(artifact: Path, folder: Path) -> Path | None:
