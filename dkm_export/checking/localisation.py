@@ -3,7 +3,7 @@
 Nothing in an artifact says which of its tensors is which of PyTorch's: targets rename, fuse and
 reorder. So a tensor is recognised by what it holds. One of PyTorch's is right where a tensor of the
 runtime equals it, in whatever order of axes; and what a right one was computed from is right too,
-whether the runtime shows it or not. The difference arises in the first step that is not right.
+as targets fuse layers with what follows. The difference arises in the first step that is not right.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ Array = npt.NDArray[Any]
 
 _RESEMBLES: Final = 0.5
 """Relative L2 up to which one tensor is taken for a wrong version of another."""
+
+_ALIKE: Final = 3
+"""How many times the least relative L2 is still about as alike."""
 
 _MOST_AXES: Final = 6
 """Beyond, there are too many orders of axes to try."""
@@ -214,13 +217,18 @@ def _arranged(array: Array, shape: tuple[int, ...]) -> Iterator[Array]:
 
 
 def _right(steps: Sequence[Step], shown: _Shown, limit: float) -> set[Step]:
-    """The steps that the runtime shows as they are, and all that these are computed from."""
+    """The steps that the runtime shows as they are, and what these are computed from.
+
+    That ends at layers that are not shown: beyond, a difference may have become small.
+    """
     right: set[Step] = set()
     for step in reversed(steps):
         # all are looked for, so that none is taken for another's wrong version
         found = step.value is not None and shown.have(step.value, limit)
         if found or step in right:
-            right.update((step, *step.takes))
+            right.add(step)
+            if found or step.folds or not step.layer:
+                right.update(step.takes)
     return right
 
 
@@ -252,8 +260,8 @@ def _describe(steps: Sequence[Step], shown: _Shown, limit: float) -> str:
         names = _listed([step.name for step in hidden])
         return f"all {layers} layers agree: the difference arises after them, in {names}"
     return (
-        f"all {layers} layers and the outputs agree when the runtime shows every tensor, which "
-        "keeps it from fusing operations"
+        f"all {layers} layers and the outputs agree within a relative L2 of {limit:.0e} when the "
+        "runtime shows every tensor, which keeps it from fusing operations"
     )
 
 
@@ -262,17 +270,20 @@ def _likeness(step: Step, steps: Sequence[Step], shown: _Shown) -> str:
 
     A layer may be one operation with what follows it, as long as nothing else takes its output.
     """
-    last = step
-    while True:
-        if last.value is not None:
-            error, tensor = shown.closest(last.value)
-            if error <= _RESEMBLES:
-                after = "" if last is step else f" after {last.name}"
-                return f"relative L2 {error:.1e}{after} in tensor '{tensor}'"
-        users = [user for user in steps if last in user.takes]
-        if not step.layer or len(users) != 1 or (users[0].layer and not users[0].folds):
-            return ""
-        (last,) = users
+    fused = [step]
+    while step.layer:
+        users = [user for user in steps if fused[-1] in user.takes]
+        if len(users) != 1 or (users[0].layer and not users[0].folds):
+            break
+        fused += users
+    found = [(*shown.closest(each.value), each) for each in fused if each.value is not None]
+    least = min((error for error, _, _ in found), default=np.inf)
+    if least > _RESEMBLES:
+        return ""
+    # not the most alike one: what follows a layer often makes a difference smaller
+    error, tensor, like = next(entry for entry in found if entry[0] <= _ALIKE * least)
+    after = "" if like is step else f" after {like.name}"
+    return f"relative L2 {error:.1e}{after} in tensor '{tensor}'"
 
 
 def _before(step: Step, hidden: Sequence[Step]) -> list[Step]:

@@ -77,7 +77,7 @@ class Runtime(ABC):
     def intermediates(
         self, artifact: Path, inputs: Arrays
     ) -> Iterable[tuple[str, npt.NDArray[Any]]]:
-        """Run once and show every tensor that depends on the inputs, the outputs among them.
+        """Run once and show the tensors on the way to the outputs, and the outputs.
 
         Where a check finds wrong outputs, it looks here for the layer that they come from.
 
@@ -86,7 +86,8 @@ class Runtime(ABC):
             inputs: as for `Session.run`.
 
         Returns:
-            Names in the artifact, and arrays, in any layout and any order.
+            Names in the artifact, and arrays, in any layout and order. What does not depend on the
+            inputs, such as decoded weights, need not be there.
 
         Raises:
             Unsupported: when the runtime cannot show them, with the reason.
