@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from dkm_export.checking.execution import check_runtime
-from dkm_export.checking.localisation import localise
+from dkm_export.checking.localisation import localise, record
 from dkm_export.checking.metrics import LIMITS
 from dkm_export.checking.reference import Reference, make_reference
 from dkm_export.checking.report import Finding, Status
@@ -130,6 +130,21 @@ def test_a_right_artifact_agrees(target: str, network: str, originals: Export) -
     finding = localised(originals(target, network), TARGETS[target][2], model_of(network))
     layers = {"mobilenet_v3": 19, "vit": 16}[network]
     assert finding.message.startswith(f"all {layers} layers and the outputs agree")
+
+
+@pytest.mark.parametrize("target", SLOW_PORTABLE)
+def test_every_tensor_of_a_transformer_is_shown(target: str, originals: Export) -> None:
+    """In any order of its elements; what is overwritten on the way would be missing."""
+    model, runtime = model_of("vit"), TARGETS[target][2]
+    (image,) = model.source.example_inputs()
+    tensors = runtime.intermediates(originals(target, "vit"), {"image": image.numpy()})
+    shown = [np.sort(tensor, axis=None) for _, tensor in tensors]
+    values = [step.value for step in record(model.build(), (image,)) if step.value is not None]
+    assert len(values) > 70
+    for value in values:
+        expected = np.sort(value, axis=None)
+        same = [tensor for tensor in shown if tensor.size == expected.size]
+        assert any(np.allclose(tensor, expected, atol=1e-5) for tensor in same)
 
 
 @pytest.mark.parametrize(
