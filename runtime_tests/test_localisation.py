@@ -106,7 +106,7 @@ def spoil(artifact: Path, palette: Palette) -> None:
     """Change the LUT entry that most weights use, wherever it is stored."""
     lut, changed = palette.lut, palette.lut.copy()
     entry = np.bincount(palette.indices.reshape(palette.layout.groups, -1)[0]).argmax()
-    changed[0, entry] = lut[0, entry] * np.float16(1.25) + np.float16(0.01)
+    changed[0, entry] += np.copysign(0.25 * np.abs(lut[0, entry]) + 0.01, lut[0, entry])
     found = 0
     for file in files_below(artifact.parent):
         data = file.read_bytes()
@@ -170,7 +170,7 @@ def test_a_changed_lut_entry(
 @pytest.mark.parametrize(
     ("target", "network"),
     [
-        *((target, network) for target in TARGETS for network in ("mobilenet_v2", "unet", "gru")),
+        *((target, network) for target in TARGETS for network in ("vit", "unet", "gru")),
         *((target, case) for target in TARGETS if target != "coreml" for case in CASES),
     ],
 )
