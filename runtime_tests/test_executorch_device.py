@@ -82,7 +82,7 @@ def test_check_writes_it(
     test = tmp_path / "test"
     required = "executorch,executorch-runner"
     assert main(["check", str(out), "--require", required, "--device-test", str(test)]) == 0
-    assert "xnnpack-lut: the app links XNNPACK and our delegate" in capsys.readouterr().out
+    assert "xnnpack-lut, fp32: the app links XNNPACK and our delegate" in capsys.readouterr().out
     names = {file.name for file in (test / "executorch").iterdir()}
     assert names == {"tokens.bpte", "README.md"}
     assert json.loads((test / "device_test.json").read_text())["model"] == "tokens"

@@ -36,12 +36,12 @@ class ExecuTorchRuntime(Runtime):
         from dkm_exporters.executorch.program import ProgramFile
         from dkm_exporters.executorch.reading import read_header
 
-        backend = read_header(ProgramFile(artifact)).backend
-        if backend == "coreml":
+        header = read_header(ProgramFile(artifact))
+        if header.backend == "coreml":
             raise Unsupported(
                 f"{artifact}: is for the Core ML delegate, which runs on Apple systems only"
             )
-        if backend == "xnnpack-lut":
+        if header.backend == "xnnpack-lut":
             load_backend()
         folder = TemporaryDirectory()
         try:
@@ -60,7 +60,8 @@ class ExecuTorchRuntime(Runtime):
             forward = program.load_method("forward")
         except RuntimeError as error:
             raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error
-        return _ExecuTorchSession(program, forward, names, folder)
+        numeric_class = NumericClass(header.precision)
+        return _ExecuTorchSession(numeric_class, program, forward, names, folder)
 
     def device_test(self, artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[str, bytes]:
         """A bundled program, ``<name>.bpte``, with these samples."""
@@ -87,11 +88,15 @@ def expand_weights(artifact: Path, folder: Path) -> Path | None:
 
 
 class _ExecuTorchSession(Session):
-    numeric_class = NumericClass.FP32
-
     def __init__(
-        self, program: Any, forward: Any, inputs: list[str], folder: TemporaryDirectory[str]
+        self,
+        numeric_class: NumericClass,
+        program: Any,
+        forward: Any,
+        inputs: list[str],
+        folder: TemporaryDirectory[str],
     ) -> None:
+        self.numeric_class = numeric_class
         self._program = program  # owns the bytes that the method reads
         self._forward = forward
         self._inputs = inputs

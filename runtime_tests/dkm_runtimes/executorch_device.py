@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from executorch.devtools import BundledProgram
 from executorch.devtools.bundled_program.config import MethodTestCase, MethodTestSuite
@@ -11,10 +12,11 @@ from executorch.devtools.bundled_program.serialize import (
     serialize_from_bundled_program_to_flatbuffer,
 )
 
-from dkm_export.checking.runtime import Arrays
+from dkm_export.checking.metrics import LIMITS
+from dkm_export.checking.runtime import Arrays, NumericClass
 from dkm_export.errors import InvalidInput
 from dkm_exporters.executorch import ExecuTorchExporter
-from dkm_exporters.executorch.header import INPUTS_METHOD
+from dkm_exporters.executorch.header import INPUTS_METHOD, Header
 from dkm_exporters.executorch.options import LINKS
 from dkm_exporters.executorch.program import ProgramFile
 from dkm_exporters.executorch.reading import read_header
@@ -29,7 +31,7 @@ with the program. In the app's tests:
 2. Take the program out of the file, `executorch::bundled_program::get_program_data`, and load its
    method `forward`.
 3. For each sample, `load_bundled_input`, execute the method, and `verify_method_outputs` with
-   rtol 1e-3 and atol 1e-5. ExecuTorch's own defaults refuse right results.
+   {tolerances}. ExecuTorch's own defaults refuse right results.
 """
 
 
@@ -55,11 +57,25 @@ def make_device_test(artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[st
         content = bytes(serialize_from_bundled_program_to_flatbuffer(bundle))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise InvalidInput(f"{artifact}: cannot be bundled with samples: {error}") from error
-    links = LINKS[read_header(file).backend]
-    readme = _README.format(name=artifact.stem, count=count, links=links)
+    header = read_header(file)
+    readme = _README.format(
+        name=artifact.stem,
+        count=count,
+        links=LINKS[header.backend],
+        tolerances=_tolerances(header, outputs),
+    )
     beside = ExecuTorchExporter().files(artifact)[1:]
     return {
         artifact.with_suffix(".bpte").name: content,
         "README.md": readme.encode(),
         **{part.name: part.read_bytes() for part in beside},
     }
+
+
+def _tolerances(header: Header, outputs: Arrays) -> str:
+    """Those of ExecuTorch's comparison, which knows no output's largest element."""
+    if header.precision == "fp32":
+        return "rtol 1e-3 and atol 1e-5"
+    limits = LIMITS[NumericClass(header.precision)]
+    largest = max(float(np.abs(x).max()) for x in outputs.values())
+    return f"rtol {limits.rtol:g} and atol {limits.atol * largest:.1g}"

@@ -43,15 +43,19 @@ class ExecuTorchRunnerRuntime(Runtime):
         from dkm_exporters.executorch.header import INPUTS_METHOD
         from dkm_exporters.executorch.native import RUNNER, built
         from dkm_exporters.executorch.program import ProgramFile
+        from dkm_exporters.executorch.reading import read_header
 
-        names = ProgramFile(artifact).strings(INPUTS_METHOD)
-        return _RunnerSession(built() / RUNNER, artifact, names)
+        file = ProgramFile(artifact)
+        numeric_class = NumericClass(read_header(file).precision)
+        names = file.strings(INPUTS_METHOD)
+        return _RunnerSession(built() / RUNNER, artifact, names, numeric_class)
 
 
 class _RunnerSession(Session):
-    numeric_class = NumericClass.FP32
-
-    def __init__(self, runner: Path, artifact: Path, inputs: list[str]) -> None:
+    def __init__(
+        self, runner: Path, artifact: Path, inputs: list[str], numeric_class: NumericClass
+    ) -> None:
+        self.numeric_class = numeric_class
         self._inputs = inputs
         self._folder = tempfile.TemporaryDirectory()
         weights = expand_weights(artifact, Path(self._folder.name))
