@@ -49,13 +49,14 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AdbServe
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an export: a small network as a program, whose weights are beside it."""
+    """The folder of an export: a small network as ONNX, and as a program beside its weights."""
     folder = tmp_path_factory.mktemp("export")
     model = palettize("tests.zoo:convolutions", IMAGE, LayerRule(bits=3, dim=2))
     save_checkpoint(model, folder / "model.dkm.safetensors")
     setting = ("--set", "executorch.backend=xnnpack-ptd")
-    command = ("export", "--target", "executorch", str(folder), "-o", str(folder / "out"))
-    assert main([*command, "-q", *setting]) == 0
+    targets = ("--target", "executorch", "--target", "onnx")
+    command = ("export", *targets, str(folder), "-o", str(folder / "out"), "-q")
+    assert main([*command, *setting]) == 0
     return folder / "out"
 
 
@@ -329,7 +330,7 @@ def test_no_device_at_all(server: AdbServer, check: Check) -> None:
     assert "no Android device is connected" in report["error"]["message"]
 
 
-def test_wrong_arguments(check: Check, export: Path, tmp_path: Path) -> None:
+def test_wrong_arguments(check: Check, tmp_path: Path) -> None:
     code, report = check("usb:1")
     assert (code, report["error"]["message"]) == (2, "no kind of device 'usb': choose from adb")
     code, report = check("adb:absent", runner=tmp_path / "absent")
@@ -337,6 +338,17 @@ def test_wrong_arguments(check: Check, export: Path, tmp_path: Path) -> None:
     assert f"{tmp_path / 'absent'}: there is no such file" in report["error"]["message"]
     code, report = check()
     assert (code, "name one with --device" in report["error"]["message"]) == (2, True)
+
+
+def test_a_device_for_other_artifacts(
+    server: AdbServer, export: Path, runner: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["check", str(export / "onnx" / "convolutions.onnx"), "--device", "adb:absent"]
+    assert main([*command, "--device-runner", str(runner), "-q"]) == 2
+    assert capsys.readouterr().err == (
+        "dkm: error: runtime 'executorch-adb:absent' runs executorch artifacts, "
+        "and here are only: onnx\n"
+    )
 
 
 @pytest.mark.slow

@@ -42,8 +42,10 @@ def connect(addresses: Sequence[str], runner: Path | None) -> list[Runtime]:
         InvalidInput: when there is no such bridge or device, or the runner cannot be used.
         Unsupported: when there is no device, or nothing here that reaches one.
     """
-    if runner is not None and not addresses:
-        raise InvalidInput(f"{runner} is for devices: name one with --device")
+    if not addresses:
+        if runner is not None:
+            raise InvalidInput(f"{runner} is for devices: name one with --device")
+        return []
     runtimes = {}
     bridges: dict[str, Bridge] = discover(DEVICES)
     for name, _, address in (text.partition(":") for text in addresses):
