@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from dkm_export.checking.bridge import connect
 from dkm_export.checking.execution import check_runtime, not_run
 from dkm_export.checking.metrics import LIMITS, compare, sensitivity, violations
 from dkm_export.checking.reference import Reference, make_reference
@@ -36,6 +37,8 @@ def check(
     *,
     runtimes: Sequence[str] = (),
     required: Sequence[str] = (),
+    devices: Sequence[str] = (),
+    device_runner: Path | None = None,
     max_drop: float | None = None,
     data: Mapping[str, Any] | None = MappingProxyType({}),
     progress: Callable[[str], None] = lambda message: None,
@@ -48,6 +51,9 @@ def check(
         runtimes: names of the runtimes to use; by default all that fit the artifacts, of which
             those that are `only_named` do not run.
         required: runtimes that must run, or the report's exit code says so.
+        devices: addresses of devices, ``adb`` or ``adb:SERIAL``, on which the artifacts that they
+            can run must run too.
+        device_runner: program for these devices that runs artifacts there.
         max_drop: how far the task's metric may fall below the uncompressed model's.
         data: arguments of the task that are others here than when the model was trained, such as
             where its data are; None checks without the task and its metric.
@@ -56,10 +62,15 @@ def check(
 
     Raises:
         InvalidInput: when there is no export at ``path``, its checkpoint or samples are malformed,
-            or a runtime's name is unknown or fits no artifact.
+            or a runtime's or device's name is unknown or fits no artifact.
+        Unsupported: when there is no device, or nothing here that reaches one.
     """
     root, manifest, artifacts = locate(path)
     chosen = choose(artifacts, runtimes, required)
+    connected = connect(devices, device_runner)
+    _require_fitting(artifacts, connected)
+    chosen += connected
+    required = (*required, *(device.name for device in connected))
     progress("pytorch: reference")
     model = load_checkpoint(root / manifest.checkpoint.path)
     samples = load_samples(root / manifest.samples.path, model.source)
@@ -132,15 +143,19 @@ def choose(
         InvalidInput: when a name is unknown or its runtime fits no artifact.
     """
     known: dict[str, Runtime] = discover(RUNTIMES)
-    targets = [artifact.target for artifact in artifacts]
     named: list[Runtime] = select(known, [*runtimes, *required], "runtime")
-    for runtime in named:
+    _require_fitting(artifacts, named)
+    return named if runtimes else list(known.values())
+
+
+def _require_fitting(artifacts: Sequence[Artifact], runtimes: Sequence[Runtime]) -> None:
+    targets = [artifact.target for artifact in artifacts]
+    for runtime in runtimes:
         if runtime.target not in targets:
             raise InvalidInput(
                 f"runtime '{runtime.name}' runs {runtime.target} artifacts, "
                 f"and here are only: {', '.join(targets)}"
             )
-    return named if runtimes else list(known.values())
 
 
 def _selected(artifacts: Sequence[Artifact], chosen: Sequence[Runtime] | None) -> Iterator[str]:

@@ -43,7 +43,9 @@ class Session(ABC):
 
 
 class Runtime(ABC):
-    """Executes artifacts. A subclass takes no arguments and imports its packages in its methods.
+    """Executes artifacts. A subclass imports its packages in its methods.
+
+    One that an entry point names takes no arguments; a `Bridge` makes others of devices.
 
     Attributes:
         name: name on the command line and in reports.
@@ -54,9 +56,9 @@ class Runtime(ABC):
         only_named: why a check runs it only when it is named, or None for one that always runs.
     """
 
-    name: ClassVar[str]
+    name: str
     target: ClassVar[str]
-    where: ClassVar[str]
+    where: str
     packages: ClassVar[tuple[str, ...]]
     only_named: ClassVar[str | None] = None
 

@@ -27,6 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--require", action="append", default=[], metavar="R[,R]", help="exit 4 unless these run"
     )
     parser.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        metavar="D[:ADDRESS]",
+        help="run on this device too, and exit 4 unless it ran: adb for the only Android device, "
+        "or adb:SERIAL; may be given several times",
+    )
+    parser.add_argument(
+        "--device-runner",
+        type=Path,
+        metavar="FILE",
+        help="the program that runs artifacts there, built for these devices, such as dkm_runner",
+    )
+    parser.add_argument(
         "--max-drop",
         type=float,
         metavar="POINTS",
@@ -67,6 +81,8 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         options.path,
         runtimes=runtimes,
         required=_names(options.require),
+        devices=options.device,
+        device_runner=options.device_runner,
         max_drop=options.max_drop,
         data=task_data(options),
         progress=terminal.progress,
