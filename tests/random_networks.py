@@ -122,7 +122,9 @@ def random_model(seed: int) -> PalettizedModel:
         dim = pick.choice(dims)
         groups = pick.choice([n for n in (1, 1, 2) if weight.shape[0] % (n * dim) == 0])
         rules.append(
-            LayerRule(pattern=f"{name}.weight", bits=pick.choice(_BITS), dim=dim, axis=axis, groups=groups)
+            LayerRule(
+                pattern=f"{name}.weight", bits=pick.choice(_BITS), dim=dim, axis=axis, groups=groups
+            )
         )
     tokens = InputSpec(name="tokens", shape=(1, 10), dtype="int32", high=96)
     image = InputSpec(name="image", shape=(1, 3, 16, 16))

@@ -1,0 +1,207 @@
+"""Faults planted in exports, one by one: `check` catches each and says what or where it is.
+
+The manifest gets new hashes after each fault, as an exporter would write it that makes the mistake;
+otherwise the hashes alone would give every one of them away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from safetensors.numpy import load_file, save_file
+
+from dkm_export.checking.check import check
+from dkm_export.checking.report import Report
+from dkm_export.checkpoint import save_checkpoint
+from dkm_export.errors import DkmError, ExitCode
+from dkm_export.exporting.export import export
+from tests.compiler import needs_compiler
+from tests.networks import palettized
+
+pytestmark = needs_compiler
+NETWORK = "mobilenet_v3"
+TARGETS = ("onnx", "coreml", "executorch")
+RUNTIMES = ("onnxruntime", "executorch", "coreml-reference")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault, and what has to be said about it.
+
+    Attributes:
+        plant: puts it into an export.
+        where: owner of the finding: ``pytorch``, a target, or a runtime.
+        says: pattern of the message.
+    """
+
+    plant: Callable[[Path], None]
+    where: str
+    says: str
+
+
+def onnx_fault(edit: Callable[[onnx.GraphProto], None]) -> Callable[[Path], None]:
+    def plant(out: Path) -> None:
+        file = out / "onnx" / f"{NETWORK}.onnx"
+        model = onnx.load(file)
+        edit(model.graph)
+        onnx.save(model, file)
+
+    return plant
+
+
+def node(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
+    (found,) = (node for node in graph.node if node.name == name)
+    return found
+
+
+def change(graph: onnx.GraphProto, name: str, change: Callable[[Any], Any]) -> None:
+    """Put another array in an initializer's place."""
+    (tensor,) = (tensor for tensor in graph.initializer if tensor.name == name)
+    array = np.ascontiguousarray(change(numpy_helper.to_array(tensor).copy()))
+    tensor.CopyFrom(numpy_helper.from_array(array, name))
+
+
+def attribute(graph: onnx.GraphProto, name: str, key: str, value: Any) -> None:
+    (found,) = (found for found in node(graph, name).attribute if found.name == key)
+    found.CopyFrom(helper.make_attribute(key, value))
+
+
+def transpose(graph: onnx.GraphProto, output: str, order: list[int]) -> None:
+    """Another order of axes for everything that takes ``output``."""
+    for index, producer in enumerate(graph.node):
+        if output in producer.output:
+            producer.output[0] = f"{output}/before"
+            added = helper.make_node("Transpose", [f"{output}/before"], [output], perm=order)
+            graph.node.insert(index + 1, added)
+            return
+    raise ValueError(output)
+
+
+def replace_input(graph: onnx.GraphProto, name: str, index: int, value: str) -> None:
+    node(graph, name).input[index] = value
+
+
+def one_more(array: Any) -> Any:
+    array.flat[0] += 0.05 * np.abs(array).max()
+    return array
+
+
+def swapped(array: Any) -> Any:
+    """The first two packed bytes that differ, exchanged."""
+    flat = array.reshape(-1)
+    other = int(np.flatnonzero(flat != flat[0])[0])
+    flat[[0, other]] = flat[[other, 0]]
+    return array
+
+
+FAULTS: dict[str, Fault] = {
+    "onnx: LUT entry": Fault(
+        onnx_fault(lambda graph: change(graph, "3.body.3.weight.lut", one_more)),
+        "onnx file",
+        r"3\.body\.3\.weight: 1 of 16 entries",
+    ),
+    "onnx: swapped indices": Fault(
+        onnx_fault(lambda graph: change(graph, "4.body.0.weight.indices", swapped)),
+        "onnx file",
+        r"4\.body\.0\.weight: .* indices",
+    ),
+    "onnx: shifted bias": Fault(
+        onnx_fault(lambda graph: change(graph, "3.body.3.bias", one_more)),
+        "onnxruntime",
+        r"first wrong layer: 3\.body\.[34]",
+    ),
+    "onnx: wrong padding": Fault(
+        onnx_fault(lambda graph: attribute(graph, "4.body.3/Conv", "pads", [1, 1, 3, 3])),
+        "onnxruntime",
+        r"first wrong layer: 4\.body\.3",
+    ),
+    "onnx: wrong stride order": Fault(
+        onnx_fault(lambda graph: attribute(graph, "0/Conv", "dilations", [1, 2])),
+        "onnxruntime",
+        r"",
+    ),
+    "onnx: missing scale": Fault(
+        onnx_fault(lambda graph: change(graph, "3.body.0.weight.scale", np.ones_like)),
+        "onnxruntime",
+        r"first wrong layer: 3\.body\.0",
+    ),
+    "onnx: transposed weight": Fault(
+        onnx_fault(lambda graph: transpose(graph, "3.body.3.weight", [0, 1, 3, 2])),
+        "onnxruntime",
+        r"first wrong layer: 3\.body\.3",
+    ),
+    "onnx: wrong axis": Fault(
+        onnx_fault(lambda graph: change(graph, "val_6", lambda axes: axes * 0 + [1, 2])),
+        "onnxruntime",
+        r"",
+    ),
+    "onnx: another activation": Fault(
+        onnx_fault(lambda graph: setattr(node(graph, "4.body.2/HardSwish"), "op_type", "Relu")),
+        "onnxruntime",
+        r"hardswish",
+    ),
+    "onnx: a shortcut taken from the wrong place": Fault(
+        onnx_fault(lambda graph: replace_input(graph, "4/Add", 0, "hardswish")),
+        "onnxruntime",
+        r"add",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    save_checkpoint(palettized(NETWORK, 4), folder / "model.dkm.safetensors")
+    export(folder / "model.dkm.safetensors", TARGETS, folder / "out")
+    return folder / "out"
+
+
+def rehash(out: Path) -> None:
+    """Let the manifest say that the files are what they are now."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    files = [file for artifact in manifest["artifacts"] for file in artifact["files"]]
+    for entry in (*files, manifest["checkpoint"], manifest["samples"]):
+        content = (out / entry["path"]).read_bytes()
+        entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+def failures(report: Report) -> list[tuple[str, str]]:
+    """Owner and message of whatever is not as it should be."""
+    return [
+        (owner, finding.message)
+        for owner, findings in report.suites
+        for finding in findings
+        if finding.status in ("fail", "error")
+    ]
+
+
+def test_the_clean_export_passes(clean: Path) -> None:
+    report = check(clean, required=RUNTIMES)
+    assert failures(report) == []
+    assert report.exit_code is ExitCode.OK
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_caught_and_named(name: str, clean: Path, tmp_path: Path) -> None:
+    fault, out = FAULTS[name], Path(shutil.copytree(clean, tmp_path / "out"))
+    fault.plant(out)
+    rehash(out)
+    report = check(out, runtimes=RUNTIMES)
+    found = failures(report)
+    print(*found, sep="\n")
+    assert report.exit_code is ExitCode.GATE
+    assert any(owner == fault.where and re.search(fault.says, said) for owner, said in found)
+    (target,) = {name.partition(":")[0]} & {*TARGETS, "all"}
+    assert all(target in owner for owner, _ in found)
