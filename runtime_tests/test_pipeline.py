@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -325,6 +329,40 @@ def test_what_a_pipeline_reads(
         2,
         True,
     )
+
+
+@pytest.mark.slow
+def test_the_pipelines_of_the_documentation(export: Path, tmp_path: Path) -> None:
+    pipelines = Path(__file__).parents[1] / "docs" / "pipelines"
+    shutil.copytree(export, tmp_path / "model")
+    place = Path(sys.executable).parent
+    variables = {
+        "PATH": f"{place}{os.pathsep}{os.environ['PATH']}",
+        "DKM": place / "dkm",
+        "SRCROOT": tmp_path,
+        "DERIVED_FILE_DIR": tmp_path / "derived",
+        "GITHUB_STEP_SUMMARY": tmp_path / "summary.md",
+    }
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    block = re.search(r"run: >-\n((?: {10}.*\n)+)", (pipelines / "github.yml").read_text())
+    assert block
+    workflow = ("bash", "-e", "-c", " ".join(block[1].split()))
+    gates = tmp_path / "gates.toml"
+    for command, junit, line in (
+        (workflow, tmp_path / "dkm.xml", "::error file="),
+        ((pipelines / "xcode.sh",), tmp_path / "derived" / "dkm.xml", f"{tmp_path}/model/onnx/"),
+    ):
+        for text, code in (('require = ["onnxruntime"]', 0), ("max_bytes = { onnx = 9 }", 3)):
+            gates.write_text(text)
+            junit.unlink(missing_ok=True)
+            done = subprocess.run(
+                command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == code, done.stderr
+            assert ElementTree.parse(junit).getroot().tag == "testsuites"
+        assert done.stdout.startswith(line)
+        assert "9 B (gates.toml)" in done.stdout.splitlines()[0]
+    assert (tmp_path / "summary.md").read_text().count("## digits\\_cnn: ") == 2
 
 
 def test_device_tests_hold_the_limits_of_the_file(dkm: Dkm, export: Path, tmp_path: Path) -> None:
