@@ -19,12 +19,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from safetensors.numpy import load_file, save_file
 
 from dkm_export.checking.check import check
 from dkm_export.checking.report import Report
 from dkm_export.checkpoint import save_checkpoint
-from dkm_export.errors import DkmError, ExitCode
+from dkm_export.errors import ExitCode
 from dkm_export.exporting.export import export
 from tests.compiler import needs_compiler
 from tests.networks import palettized
@@ -61,8 +60,8 @@ def onnx_fault(edit: Callable[[onnx.GraphProto], None]) -> Callable[[Path], None
 
 
 def node(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
-    (found,) = (node for node in graph.node if node.name == name)
-    return found
+    found: list[onnx.NodeProto] = [node for node in graph.node if node.name == name]
+    return found[0]
 
 
 def change(graph: onnx.GraphProto, name: str, change: Callable[[Any], Any]) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dkm_export.checking.gates import Gates
 from dkm_export.checking.metrics import (
-    LIMITS,
     Fidelity,
     Limits,
     agreement,
@@ -26,13 +26,15 @@ from dkm_export.samples import fixed_batches
 from dkm_export.task import Task, metric_of
 
 
-def check_runtime(path: Path, runtime: Runtime, reference: Reference) -> RuntimeReport:
+def check_runtime(
+    path: Path, runtime: Runtime, reference: Reference, gates: Gates
+) -> RuntimeReport:
     """Run the samples and the task's test split, and compare with PyTorch."""
     try:
         reason = runtime.unavailable()
         if reason:
             raise Unsupported(reason)
-        return _report(runtime).model_copy(update=_run(runtime.load(path), reference))
+        return _report(runtime).model_copy(update=_run(runtime.load(path), reference, gates))
     except Unsupported as error:
         return not_run(runtime, str(error))
     except Exception as error:  # a runtime raises anything
@@ -52,9 +54,9 @@ def _report(runtime: Runtime, *findings: Finding) -> RuntimeReport:
     )
 
 
-def _run(session: Session, reference: Reference) -> Mapping[str, object]:
+def _run(session: Session, reference: Reference, gates: Gates) -> Mapping[str, object]:
     """The fields of the report that come from running."""
-    limits = LIMITS[session.numeric_class]
+    limits = gates.limits[session.numeric_class]
     outputs = _run_samples(session, reference)
     fidelity = {
         name: compare(expected.numpy(), output, limits)
@@ -63,15 +65,16 @@ def _run(session: Session, reference: Reference) -> Mapping[str, object]:
         )
     }
     findings = [*_check_fidelity(fidelity, limits), _check_controls(outputs, reference, limits)]
-    metric = None
+    metric, predictions = None, None
     if reference.task is not None:
-        metric, finding = _check_task(session, reference, reference.task, limits)
+        metric, predictions, finding = _check_task(session, reference, reference.task, limits)
         findings.append(finding)
     return {
         "findings": tuple(findings),
         "numeric_class": session.numeric_class.value,
         "limits": limits,
         "fidelity": fidelity,
+        "predictions": predictions,
         "metric": metric,
     }
 
@@ -96,7 +99,8 @@ def _check_fidelity(fidelity: Mapping[str, Fidelity], limits: Limits) -> Iterato
         if broken:
             yield failed("fidelity", f"{name}: {'; '.join(broken)}")
         else:
-            yield passed("fidelity", f"{name}: relative L2 {measured.relative_l2:.1e}")
+            figure = f"relative L2 {measured.relative_l2:.1e}, at most {limits.relative_l2:g}"
+            yield passed("fidelity", f"{name}: {figure}{limits.set_by('relative_l2')}")
 
 
 def _check_controls(outputs: Outputs, reference: Reference, limits: Limits) -> Finding:
@@ -121,7 +125,7 @@ def _check_controls(outputs: Outputs, reference: Reference, limits: Limits) -> F
 
 def _check_task(
     session: Session, reference: Reference, task: Task, limits: Limits
-) -> tuple[float, Finding]:
+) -> tuple[float, Fidelity, Finding]:
     """The task's metric on the runtime, and whether its outputs lead to PyTorch's predictions."""
     expected = reference.test_outputs
     assert expected is not None
@@ -129,14 +133,17 @@ def _check_task(
     if output.shape != expected.shape:
         raise InvalidInput(f"the test outputs are {output.shape}, expected {expected.shape}")
     metric = metric_of(task, torch.from_numpy(output), targets)
-    broken = violations(compare(expected, output, limits), limits)
+    measured = compare(expected, output, limits)
+    broken = violations(measured, limits)
     if broken:
-        return metric, failed("predictions", f"over the test split: {'; '.join(broken)}")
+        message = f"over the test split: {'; '.join(broken)}"
+        return metric, measured, failed("predictions", message)
     agreed = agreement(expected, output, limits)
     if agreed is None:
-        return metric, passed("predictions", "within the limits over the whole test split")
+        message = "within the limits over the whole test split"
+        return metric, measured, passed("predictions", message)
     message = f"{agreed.differing} of {len(output)} differ, {agreed.ties} more within a tie"
-    return metric, (failed if agreed.differing else passed)("predictions", message)
+    return metric, measured, (failed if agreed.differing else passed)("predictions", message)
 
 
 def _run_task(

@@ -6,12 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy.typing as npt
 
 from dkm_export.checking.installation import Installation
 from dkm_export.plugins import missing_packages
+
+if TYPE_CHECKING:
+    from dkm_export.checking.metrics import Limits
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -75,7 +78,13 @@ class Runtime(ABC):
             InvalidInput: when the file is malformed.
         """
 
-    def device_test(self, artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[str, bytes]:
+    def device_test(
+        self,
+        artifact: Path,
+        inputs: Arrays,
+        outputs: Arrays,
+        limits: Mapping[NumericClass, Limits],
+    ) -> dict[str, bytes]:
         """A test for an app's own tests, which does on the device what `dkm check` does here.
 
         It runs where this runtime may not: nothing is asked of `unavailable`.
@@ -84,6 +93,7 @@ class Runtime(ABC):
             artifact: the file or folder that the app holds.
             inputs: samples by name of the input, ``[samples, *shape]`` as the model's source says.
             outputs: what PyTorch computes for them by name of the output, ``[samples, *shape]``.
+            limits: by numeric class; the test takes those of the artifact's.
 
         Returns:
             Contents by name of the file; none for a runtime that writes no test.

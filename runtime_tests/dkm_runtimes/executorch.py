@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from dkm_export.checking.metrics import Limits
 from dkm_export.checking.runtime import Arrays, NumericClass, Runtime, Session
 from dkm_export.errors import InvalidInput, Unsupported
 
@@ -63,11 +65,17 @@ class ExecuTorchRuntime(Runtime):
         numeric_class = NumericClass(header.precision)
         return _ExecuTorchSession(numeric_class, program, forward, names, folder)
 
-    def device_test(self, artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[str, bytes]:
+    def device_test(
+        self,
+        artifact: Path,
+        inputs: Arrays,
+        outputs: Arrays,
+        limits: Mapping[NumericClass, Limits],
+    ) -> dict[str, bytes]:
         """A bundled program, ``<name>.bpte``, with these samples."""
         from dkm_runtimes.executorch_device import make_device_test
 
-        return make_device_test(artifact, inputs, outputs)
+        return make_device_test(artifact, inputs, outputs, limits)
 
 
 def expand_weights(artifact: Path, folder: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ from executorch.devtools.bundled_program.serialize import (
     serialize_from_bundled_program_to_flatbuffer,
 )
 
-from dkm_export.checking.metrics import LIMITS
+from dkm_export.checking.metrics import Limits
 from dkm_export.checking.runtime import Arrays, NumericClass
 from dkm_export.errors import InvalidInput
 from dkm_exporters.executorch import ExecuTorchExporter
-from dkm_exporters.executorch.header import INPUTS_METHOD, Header
+from dkm_exporters.executorch.header import INPUTS_METHOD
 from dkm_exporters.executorch.options import LINKS
 from dkm_exporters.executorch.program import ProgramFile
 from dkm_exporters.executorch.reading import read_header
@@ -31,11 +32,16 @@ with the program. In the app's tests:
 2. Take the program out of the file, `executorch::bundled_program::get_program_data`, and load its
    method `forward`.
 3. For each sample, `load_bundled_input`, execute the method, and `verify_method_outputs` with
-   {tolerances}. ExecuTorch's own defaults refuse right results.
+   rtol {rtol:g} and atol {atol:.1g}. ExecuTorch's own defaults refuse right results.
 """
 
 
-def make_device_test(artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[str, bytes]:
+def make_device_test(
+    artifact: Path,
+    inputs: Arrays,
+    outputs: Arrays,
+    limits: Mapping[NumericClass, Limits],
+) -> dict[str, bytes]:
     """Contents by name of the file, see `Runtime.device_test`.
 
     Raises:
@@ -58,11 +64,14 @@ def make_device_test(artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[st
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise InvalidInput(f"{artifact}: cannot be bundled with samples: {error}") from error
     header = read_header(file)
+    limit = limits[NumericClass(header.precision)]
     readme = _README.format(
         name=artifact.stem,
         count=count,
         links=LINKS[header.backend],
-        tolerances=_tolerances(header, outputs),
+        rtol=limit.rtol,
+        # ExecuTorch's comparison does not know the largest element of an output.
+        atol=limit.atol * max(float(np.abs(x).max()) for x in outputs.values()),
     )
     beside = ExecuTorchExporter().files(artifact)[1:]
     return {
@@ -70,12 +79,3 @@ def make_device_test(artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[st
         "README.md": readme.encode(),
         **{part.name: part.read_bytes() for part in beside},
     }
-
-
-def _tolerances(header: Header, outputs: Arrays) -> str:
-    """Those of ExecuTorch's comparison, which knows no output's largest element."""
-    if header.precision == "fp32":
-        return "rtol 1e-3 and atol 1e-5"
-    limits = LIMITS[NumericClass(header.precision)]
-    largest = max(float(np.abs(x).max()) for x in outputs.values())
-    return f"rtol {limits.rtol:g} and atol {limits.atol * largest:.1g}"
