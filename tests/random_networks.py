@@ -24,12 +24,12 @@ class Block(nn.Module):
     def __init__(self, pick: random.Random, channels: int, out: int) -> None:
         super().__init__()
         kernel, stride = pick.choice((1, 3, 5)), pick.choice((1, 1, 2))
-        groups = pick.choice((1, 1, 2, channels))
+        groups = pick.choice([n for n in (1, 1, 2, channels) if channels % n == out % n == 0])
         self.shortcut = stride == 1 and out == channels and pick.random() < 0.6
         self.conv = nn.Conv2d(
             *(channels, out, kernel, stride),
             padding=kernel // 2 if self.shortcut else pick.choice((0, kernel // 2)),
-            groups=groups if out % groups == 0 else 1,
+            groups=groups,
             bias=pick.random() < 0.5,
         )
         self.norm = nn.BatchNorm2d(out) if pick.random() < 0.6 else nn.Identity()
@@ -46,8 +46,8 @@ class ImageNetwork(nn.Module):
     def __init__(self, pick: random.Random) -> None:
         super().__init__()
         channels, blocks = 3, []
-        for _ in range(pick.randint(1, 4)):
-            out = channels if pick.random() < 0.3 else pick.choice((8, 12, 16, 24))
+        for _ in range(pick.randint(2, 4)):
+            out = channels if pick.random() < 0.3 else pick.choice((12, 16, 24))
             blocks.append(Block(pick, channels, out))
             channels = out
         self.blocks = nn.Sequential(*blocks)
@@ -120,7 +120,8 @@ def random_model(seed: int) -> PalettizedModel:
         axis = pick.choice((0, 0, 1))
         dims = [dim for dim in (1, 1, 2, 4) if weight.shape[axis] % dim == 0]
         dim = pick.choice(dims)
-        groups = pick.choice([n for n in (1, 1, 2) if weight.shape[0] % (n * dim) == 0])
+        together = dim if axis == 0 else 1
+        groups = pick.choice([n for n in (1, 1, 2) if weight.shape[0] % (n * together) == 0])
         rules.append(
             LayerRule(
                 pattern=f"{name}.weight", bits=pick.choice(_BITS), dim=dim, axis=axis, groups=groups

@@ -212,7 +212,7 @@ def _check_samples(reference: Reference, limits: Limits) -> Finding:
                 "samples",
                 f"{name}: only {share:.1%} of the output depends on the input, at least "
                 f"{_LEAST_SENSITIVITY:.0%} is needed to tell right from wrong: "
-                "use trained or well-scaled weights",
+                "use trained or well-scaled weights, and samples that differ",
             )
     return passed("samples", f"{len(reference.samples)} samples, reproduced by the checkpoint")
 
