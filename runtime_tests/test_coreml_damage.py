@@ -57,7 +57,9 @@ def poke(artifact: Path, offset: int, format: str, value: int) -> None:
     (artifact / WEIGHTS).write_bytes(content)
 
 
-@pytest.mark.parametrize(("argument", "count"), [("lut", "16 LUT entries"), ("indices", "4608 indices")])
+@pytest.mark.parametrize(
+    ("argument", "count"), [("lut", "16 LUT entries"), ("indices", "4608 indices")]
+)
 def test_one_changed_byte_is_seen_in_its_layer(
     argument: str, count: str, tokens: tuple[PalettizedModel, Path], tmp_path: Path
 ) -> None:

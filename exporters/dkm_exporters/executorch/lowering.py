@@ -213,7 +213,9 @@ def _explained(library: str) -> Iterator[None]:
     except DkmError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        heading, *rest = lines or [type(error).__name__]
+        reason = " ".join([heading, *rest[:1]] if heading.endswith(":") else [heading])
         raise Unsupported(
             f"executorch: {library} cannot lower the model: {reason}; rewrite that part of it"
         ) from error
