@@ -28,7 +28,7 @@ class Block(nn.Module):
         self.shortcut = stride == 1 and out == channels and pick.random() < 0.6
         self.conv = nn.Conv2d(
             *(channels, out, kernel, stride),
-            padding=kernel // 2 if self.shortcut else pick.choice((0, kernel // 2)),
+            padding=kernel // 2 if self.shortcut or kernel == 5 else pick.choice((0, kernel // 2)),
             groups=groups,
             bias=pick.random() < 0.5,
         )
@@ -128,7 +128,7 @@ def random_model(seed: int) -> PalettizedModel:
             )
         )
     tokens = InputSpec(name="tokens", shape=(1, 10), dtype="int32", high=96)
-    image = InputSpec(name="image", shape=(1, 3, 16, 16))
+    image = InputSpec(name="image", shape=(1, 3, 32, 32))
     source = ModelSource(
         name=f"random{seed}",
         factory="tests.random_networks:make",
