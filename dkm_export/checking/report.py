@@ -68,12 +68,15 @@ class RuntimeReport(Frozen):
         numeric_class: decides ``limits``; None when nothing ran.
         limits: the limits of checks.
         fidelity: of each output over all samples, by output name.
-        metric: the task's metric over its whole test split, or None without a task.
+        metric: the task's metric over its whole test split, or None without a task, or where the
+            runtime is too slow for the whole.
+        version: what computed, with its version; None when nothing ran.
     """
 
     runtime: str
     target: str
     where: str
+    version: str | None = None
     findings: tuple[Finding, ...]
     numeric_class: str | None = None
     limits: Limits | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,30 +41,49 @@ class ExecuTorchRunnerRuntime(Runtime):
             Unsupported: when the runner cannot be built, or rejects the program.
             InvalidInput: when the file is missing, malformed or not written by this project.
         """
-        from dkm_exporters.executorch.header import INPUTS_METHOD
         from dkm_exporters.executorch.native import RUNNER, built
-        from dkm_exporters.executorch.program import ProgramFile
 
-        names = ProgramFile(artifact).strings(INPUTS_METHOD)
-        return _RunnerSession(built() / RUNNER, artifact, names)
+        return RunnerSession([str(built() / RUNNER)], artifact)
 
 
-class _RunnerSession(Session):
+class RunnerSession(Session):
+    """A program in a process of the runner.
+
+    Args:
+        runner: the command that starts it; its arguments are added.
+        artifact: the program.
+
+    Raises:
+        Unsupported: when the runner rejects the program.
+        InvalidInput: when the file is missing, malformed or not written by this project.
+    """
+
     numeric_class = NumericClass.FP32
 
-    def __init__(self, runner: Path, artifact: Path, inputs: list[str]) -> None:
-        self._inputs = inputs
+    def __init__(self, runner: Sequence[str], artifact: Path) -> None:
+        from dkm_exporters.executorch.header import INPUTS_METHOD
+        from dkm_exporters.executorch.program import ProgramFile
+
+        self._inputs = ProgramFile(artifact).strings(INPUTS_METHOD)
         self._folder = tempfile.TemporaryDirectory()
         weights = expand_weights(artifact, Path(self._folder.name))
         data = [] if weights is None else ["--data", str(weights)]
-        command = [str(runner), str(artifact.resolve()), *data]
-        self._child = Child(f"executorch: {runner.name}", command)
+        command = [*runner, str(artifact.resolve()), *data]
+        self._child = Child("executorch: the runner", command)
         try:
             self._receive()
         except InvalidInput as error:
             raise Unsupported(f"{artifact}: the runner rejects the program: {error}") from error
 
     def run(self, inputs: Arrays) -> list[npt.NDArray[Any]]:
+        """Run once.
+
+        Returns:
+            The outputs in the model's order.
+
+        Raises:
+            InvalidInput: when the runner refuses the inputs, or the process crashes.
+        """
         given, made = (Path(self._folder.name, name) for name in ("in", "out"))
         for folder in (given, made):
             folder.mkdir(exist_ok=True)
