@@ -297,6 +297,19 @@ def test_what_does_not_start_is_not_installed(
     assert refuse(runtime, cache).endswith("no such CPU")
 
 
+def test_archives_that_cannot_be_unpacked_or_lack_the_emulator(
+    runtime: EmulatedRuntime, programs: Path, cache: Path
+) -> None:
+    script = (programs / "dpkg-deb").read_text()
+    program(programs / "dpkg-deb", script.replace("qemu-aarch64-static", "qemu-other"))
+    assert refuse(runtime, cache).endswith(
+        "the package qemu-user-static of this system has no qemu-aarch64-static"
+    )
+    program(programs / "dpkg-deb", "#!/bin/sh\necho 'x\ndpkg-deb: disk full' >&2; exit 2\n")
+    assert "_1%3a2_all.deb cannot be unpacked into " in refuse(runtime, cache)
+    assert refuse(runtime, cache).endswith(": dpkg-deb: disk full")
+
+
 def test_packages_of_apt_without_python(programs: Path, cache: Path) -> None:
     script = (programs / "dpkg-deb").read_text()
     program(programs / "dpkg-deb", script.replace("usr/bin/python3.11", "usr/bin/other"))

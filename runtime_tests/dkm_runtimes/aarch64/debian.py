@@ -66,7 +66,7 @@ def unpack(
         without: names of packages that are not unpacked.
 
     Raises:
-        Unsupported: when apt cannot get them, with its reason.
+        Unsupported: when apt cannot get them, or they cannot be unpacked, with the reason.
     """
     with tempfile.TemporaryDirectory(prefix="apt-", dir=folder.parent) as work:
         state = Path(work)
@@ -87,7 +87,14 @@ def unpack(
             )
         for archive in sorted((state / "cache" / "archives").glob("*.deb")):
             if archive.name.partition("_")[0] not in without:
-                _run(name, {}, "dpkg-deb", "--extract", str(archive), str(folder))
+                _extract(name, archive, folder)
+
+
+def _extract(name: str, archive: Path, folder: Path) -> None:
+    done = _run(name, {"LC_ALL": "C"}, "dpkg-deb", "--extract", str(archive), str(folder))
+    if done.returncode:
+        reason = done.stderr.strip().rpartition("\n")[2] or f"exit {done.returncode}"
+        raise Unsupported(f"{name}: {archive.name} cannot be unpacked into {folder}: {reason}")
 
 
 def _apt(

@@ -74,8 +74,14 @@ def install(unpacked: Path, folder: Path) -> Path:
 
     Returns:
         The folder in it that is ``/`` for the emulated programs.
+
+    Raises:
+        Unsupported: when the package has no emulator for aarch64.
     """
-    shutil.copy(unpacked / "usr" / "bin" / "qemu-aarch64-static", _qemu(folder))
+    program = unpacked / "usr" / "bin" / "qemu-aarch64-static"
+    if not program.is_file():
+        raise Unsupported(f"{folder}: the package {QEMU} of this system has no {program.name}")
+    shutil.copy(program, _qemu(folder))
     root = system(folder)
     for name, content in _SYSTEM.items():
         file = root / name

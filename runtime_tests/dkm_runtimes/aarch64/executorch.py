@@ -28,7 +28,7 @@ _LIBRARIES = (
     "librt.so.1",
     "libstdc++.so.6",
 )
-"""What programs in C++ need, out of the compiler's packages."""
+"""What programs in C++ need, out of the compiler's packages; some are empty nowadays."""
 
 
 class ExecuTorchAarch64(emulator.EmulatedRuntime):
@@ -65,10 +65,13 @@ class ExecuTorchAarch64(emulator.EmulatedRuntime):
             libraries = emulator.install(here, folder) / "lib"
             libraries.mkdir()
             for name in _LIBRARIES:
-                shutil.copy(here / "usr" / "aarch64-linux-gnu" / "lib" / name, libraries)
+                library = here / "usr" / "aarch64-linux-gnu" / "lib" / name
+                if library.is_file():
+                    shutil.copy(library, libraries)
         tried = subprocess.run(_runner(folder), capture_output=True, text=True, errors="replace")
         if not tried.stderr.startswith("usage: "):
-            raise Unsupported(f"{self.name}: the runner does not start: {tried.stderr.strip()}")
+            reason = tried.stderr.strip().rpartition("\n")[2]
+            raise Unsupported(f"{self.name}: the runner does not start: {reason}")
 
     def load(self, artifact: Path) -> Session:
         """Load a program in an emulated process of its own.
