@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,12 +22,16 @@ import xmlschema
 from safetensors.numpy import load_file
 
 import dkm_models
+from dkm_export.checking.execution import check_runtime
+from dkm_export.checking.gates import Gates
+from dkm_export.checking.reference import make_reference
 from dkm_export.checking.report import report_schema
 from dkm_export.checkpoint import load_checkpoint, save_checkpoint
 from dkm_export.cli.main import main
 from dkm_export.errors import InvalidInput
 from dkm_export.files import files_below
 from dkm_export.palettized import BatchNorm, InputSpec
+from dkm_export.samples import load_samples
 from dkm_export.spec import LayerRule
 from dkm_export.task import Split
 from dkm_exporters.onnx import OnnxExporter
@@ -447,6 +453,32 @@ def test_mobilenet_at_full_size(dkm: Dkm, tmp_path: Path) -> None:
     assert report["fp32_bytes"] > 16.9e6
     for artifact in report["artifacts"]:
         assert artifact["bytes"] <= 1.15e6
+
+
+class Hurried(OnnxRuntime):
+    """Has time for one batch of the test split."""
+
+    test_seconds = 0
+
+
+def test_a_test_split_that_takes_too_long_is_said_to_be_cut_short(export: Path) -> None:
+    model = load_checkpoint(export / "model.dkm.safetensors")
+    samples = load_samples(export / "samples.safetensors", model.source)
+    reference = make_reference(model, samples, {})
+    assert reference.test_outputs is not None
+    shifted = replace(reference, test_outputs=reference.test_outputs + 1)
+    artifact = export / "onnx" / "digits_cnn.onnx"
+    found = {}
+    for name, expected in (("right", reference), ("wrong", shifted)):
+        report = check_runtime(artifact, Hurried(), expected, Gates())
+        assert report.metric is None
+        assert report.version == f"onnxruntime {metadata.version('onnxruntime')}"
+        found[name] = next(entry for entry in report.findings if entry.check == "predictions")
+    part = "the first 1 of 360 test inputs"
+    assert found["right"].message == f"0 of {part} differ, 0 more within a tie"
+    assert found["right"].status == "pass"
+    assert found["wrong"].message.startswith(f"over {part}: relative L2 ")
+    assert found["wrong"].status == "fail"
 
 
 class Elsewhere(Digits):

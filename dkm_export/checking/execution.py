@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -30,17 +31,22 @@ def check_runtime(
     path: Path, runtime: Runtime, reference: Reference, gates: Gates
 ) -> RuntimeReport:
     """Run the samples and the task's test split, and compare with PyTorch."""
+    version = None
     try:
         reason = runtime.unavailable()
         if reason:
             raise Unsupported(reason)
-        return _report(runtime).model_copy(update=_run(runtime.load(path), reference, gates))
+        version = runtime.reported_version()
+        session = runtime.load(path)
+        update = _run(session, reference, gates, runtime.test_seconds)
+        return _report(runtime, version=version).model_copy(update=update)
     except Unsupported as error:
         return not_run(runtime, str(error))
     except Exception as error:  # a runtime raises anything
         summary = str(error).strip().partition("\n")[0]
         message = summary if isinstance(error, DkmError) else f"{type(error).__name__}: {summary}"
-        return _report(runtime, Finding(check="run", status=Status.ERROR, message=message))
+        finding = Finding(check="run", status=Status.ERROR, message=message)
+        return _report(runtime, finding, version=version)
 
 
 def not_run(runtime: Runtime, reason: str) -> RuntimeReport:
@@ -48,13 +54,19 @@ def not_run(runtime: Runtime, reason: str) -> RuntimeReport:
     return _report(runtime, Finding(check="run", status=Status.NOT_RUN, message=reason))
 
 
-def _report(runtime: Runtime, *findings: Finding) -> RuntimeReport:
+def _report(runtime: Runtime, *findings: Finding, version: str | None = None) -> RuntimeReport:
     return RuntimeReport(
-        runtime=runtime.name, target=runtime.target, where=runtime.where, findings=findings
+        runtime=runtime.name,
+        target=runtime.target,
+        where=runtime.where,
+        version=version,
+        findings=findings,
     )
 
 
-def _run(session: Session, reference: Reference, gates: Gates) -> Mapping[str, object]:
+def _run(
+    session: Session, reference: Reference, gates: Gates, test_seconds: float | None
+) -> Mapping[str, object]:
     """The fields of the report that come from running."""
     limits = gates.limits[session.numeric_class]
     outputs = _run_samples(session, reference)
@@ -67,7 +79,9 @@ def _run(session: Session, reference: Reference, gates: Gates) -> Mapping[str, o
     findings = [*_check_fidelity(fidelity, limits), _check_controls(outputs, reference, limits)]
     metric, predictions = None, None
     if reference.task is not None:
-        metric, predictions, finding = _check_task(session, reference, reference.task, limits)
+        metric, predictions, finding = _check_task(
+            session, reference, reference.task, limits, test_seconds
+        )
         findings.append(finding)
     return {
         "findings": tuple(findings),
@@ -124,36 +138,51 @@ def _check_controls(outputs: Outputs, reference: Reference, limits: Limits) -> F
 
 
 def _check_task(
-    session: Session, reference: Reference, task: Task, limits: Limits
-) -> tuple[float, Fidelity, Finding]:
-    """The task's metric on the runtime, and whether its outputs lead to PyTorch's predictions."""
-    expected = reference.test_outputs
-    assert expected is not None
-    output, targets = _run_task(session, reference, task)
+    session: Session,
+    reference: Reference,
+    task: Task,
+    limits: Limits,
+    seconds: float | None,
+) -> tuple[float | None, Fidelity, Finding]:
+    """The task's metric on the runtime, and whether its outputs lead to PyTorch's predictions.
+
+    The metric is None where the time did not suffice for the whole test split.
+    """
+    assert reference.test_outputs is not None
+    output, targets = _run_task(session, reference, task, seconds)
+    count, everything = len(targets), len(reference.test_outputs)
+    expected = reference.test_outputs[:count]
     if output.shape != expected.shape:
         raise InvalidInput(f"the test outputs are {output.shape}, expected {expected.shape}")
-    metric = metric_of(task, torch.from_numpy(output), targets)
+    whole = count == everything
+    metric = metric_of(task, torch.from_numpy(output), targets) if whole else None
+    part = f"the first {count} of {everything} test inputs"
     measured = compare(expected, output, limits)
     broken = violations(measured, limits)
     if broken:
-        message = f"over the test split: {'; '.join(broken)}"
-        return metric, measured, failed("predictions", message)
+        over = "the test split" if whole else part
+        return metric, measured, failed("predictions", f"over {over}: {'; '.join(broken)}")
     agreed = agreement(expected, output, limits)
     if agreed is None:
-        message = "within the limits over the whole test split"
-        return metric, measured, passed("predictions", message)
-    message = f"{agreed.differing} of {len(output)} differ, {agreed.ties} more within a tie"
+        over = "the whole test split" if whole else part
+        return metric, measured, passed("predictions", f"within the limits over {over}")
+    of = f"{count}" if whole else part
+    message = f"{agreed.differing} of {of} differ, {agreed.ties} more within a tie"
     return metric, measured, (failed if agreed.differing else passed)("predictions", message)
 
 
 def _run_task(
-    session: Session, reference: Reference, task: Task
+    session: Session, reference: Reference, task: Task, seconds: float | None
 ) -> tuple[npt.NDArray[Any], torch.Tensor]:
+    """Outputs and targets of the test split, or of as many batches as there is time for."""
     source = reference.model.source
     names = [spec.name for spec in source.inputs]
     rows, targets = [], []
+    end = None if seconds is None else monotonic() + seconds
     for inputs, target in fixed_batches(task, source):
         arrays = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
         rows.append(session.run(arrays)[0][: len(target)])
         targets.append(target)
+        if end is not None and monotonic() > end:
+            break
     return np.concatenate(rows), torch.cat(targets)

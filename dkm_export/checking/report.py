@@ -75,13 +75,17 @@ class RuntimeReport(Frozen):
         numeric_class: decides ``limits``; None when nothing ran.
         limits: the limits of checks.
         fidelity: of each output over all samples, by output name.
-        predictions: fidelity of the first output over the task's whole test split.
-        metric: the task's metric over its whole test split, or None without a task.
+        predictions: fidelity of the first output over the task's test split, or over as much of it
+            as there was time for.
+        metric: the task's metric over its whole test split, or None without a task, or where the
+            runtime is too slow for the whole.
+        version: what computed, with its version; None when nothing ran.
     """
 
     runtime: str
     target: str
     where: str
+    version: str | None = None
     findings: tuple[Finding, ...]
     numeric_class: str | None = None
     limits: Limits | None = None

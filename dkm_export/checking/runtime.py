@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -57,6 +59,8 @@ class Runtime(ABC):
             ``interpreted with torch on CPU``.
         packages: importable packages that it needs, from the target's extra.
         only_named: why a check runs it only when it is named, or None for one that always runs.
+        test_seconds: how long it may compute on the task's test split; the inputs that are left
+            then are left out, and the report says so. None for no end.
     """
 
     name: str
@@ -64,10 +68,21 @@ class Runtime(ABC):
     where: str
     packages: ClassVar[tuple[str, ...]]
     only_named: ClassVar[str | None] = None
+    test_seconds: ClassVar[float | None] = None
 
     def unavailable(self) -> str | None:
         """Why this runtime cannot run here, or None."""
         return missing_packages(self.packages, self.target)
+
+    def reported_version(self) -> str | None:
+        """What computes, with its version, for reports: ``onnxruntime 1.30.0``; None if unknown.
+
+        It is asked of a runtime that can run here. The first of `packages` is what computes.
+        """
+        for package in self.packages[:1]:
+            with suppress(metadata.PackageNotFoundError):
+                return f"{package} {metadata.version(package)}"
+        return None
 
     @abstractmethod
     def load(self, artifact: Path) -> Session:
@@ -124,6 +139,10 @@ class InstallableRuntime(Runtime):
         """Why this runtime cannot run here, or None."""
         problem = self.installation.problem()
         return f"{problem}: dkm runtimes install {self.name}" if problem else super().unavailable()
+
+    def reported_version(self) -> str | None:
+        """What was downloaded."""
+        return f"{self.name} {self.version}"
 
     def install(self, progress: Callable[[str], None]) -> None:
         """Download the files, unless they are there and whole.

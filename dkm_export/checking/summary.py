@@ -82,7 +82,7 @@ def _runtimes(report: Report) -> Iterator[Sequence[str]]:
         yield (
             _text(runtime.runtime),
             _status(runtime.findings),
-            _text(runtime.where),
+            _text(", ".join(filter(None, (runtime.where, runtime.version)))),
             _text(paths[runtime.target]),
             _figure(max(errors, default=None), ".1e") + limit,
             _figure(runtime.metric, ".2f"),

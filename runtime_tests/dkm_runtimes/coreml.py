@@ -39,6 +39,10 @@ class CoreMLRuntime(Runtime):
             return "Core ML runs only on macOS"
         return super().unavailable()
 
+    def reported_version(self) -> str:
+        """Of macOS, which Core ML is a part of."""
+        return f"macOS {platform.mac_ver()[0]}, {super().reported_version()}"
+
     def load(self, artifact: Path) -> Session:
         """Compile and load a package.
 

@@ -45,11 +45,24 @@ class ExecuTorchRunnerRuntime(Runtime):
         """
         from dkm_exporters.executorch.native import RUNNER, built
 
-        folder = TemporaryDirectory()
-        weights = expand_weights(artifact, Path(folder.name))
-        data = [] if weights is None else ["--data", str(weights)]
-        command = [str(built() / RUNNER), str(artifact.resolve()), *data]
-        return RunnerSession(artifact, command, folder)
+        return local_session(artifact, [str(built() / RUNNER)])
+
+
+def local_session(artifact: Path, runner: Sequence[str]) -> RunnerSession:
+    """Load a program here.
+
+    Args:
+        artifact: the program.
+        runner: the command that starts the runner; its arguments are added.
+
+    Raises:
+        Unsupported: when the runner rejects the program.
+        InvalidInput: when the program is malformed or not written by this project.
+    """
+    folder = TemporaryDirectory()
+    weights = expand_weights(artifact, Path(folder.name))
+    data = [] if weights is None else ["--data", str(weights)]
+    return RunnerSession(artifact, [*runner, str(artifact.resolve()), *data], folder)
 
 
 class RunnerSession(Session):
