@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from dkm_export.checking.gates import Gates
+from dkm_export.checking.localisation import localise
 from dkm_export.checking.metrics import (
     Fidelity,
     Limits,
@@ -20,7 +21,7 @@ from dkm_export.checking.metrics import (
     violations,
 )
 from dkm_export.checking.reference import Outputs, Reference
-from dkm_export.checking.report import Finding, RuntimeReport, Status, failed, passed
+from dkm_export.checking.report import Finding, RuntimeReport, Status, failed, passed, worst
 from dkm_export.checking.runtime import Runtime, Session
 from dkm_export.errors import DkmError, InvalidInput, Unsupported
 from dkm_export.samples import fixed_batches
@@ -37,8 +38,7 @@ def check_runtime(
         if reason:
             raise Unsupported(reason)
         version = runtime.reported_version()
-        session = runtime.load(path)
-        update = _run(session, reference, gates, runtime.test_seconds)
+        update = _run(path, runtime, reference, gates)
         return _report(runtime, version=version).model_copy(update=update)
     except Unsupported as error:
         return not_run(runtime, str(error))
@@ -64,10 +64,9 @@ def _report(runtime: Runtime, *findings: Finding, version: str | None = None) ->
     )
 
 
-def _run(
-    session: Session, reference: Reference, gates: Gates, test_seconds: float | None
-) -> Mapping[str, object]:
+def _run(path: Path, runtime: Runtime, reference: Reference, gates: Gates) -> Mapping[str, object]:
     """The fields of the report that come from running."""
+    session = runtime.load(path)
     limits = gates.limits[session.numeric_class]
     outputs = _run_samples(session, reference)
     fidelity = {
@@ -76,11 +75,15 @@ def _run(
             reference.model.source.outputs, reference.samples.outputs, outputs, strict=True
         )
     }
-    findings = [*_check_fidelity(fidelity, limits), _check_controls(outputs, reference, limits)]
+    findings = list(_check_fidelity(fidelity, limits))
+    if worst(findings) is Status.FAIL:
+        sample = reference.samples.input(_worst_sample(outputs, reference, limits))
+        findings.append(localise(path, runtime, reference.model, sample, limits.relative_l2))
+    findings.append(_check_controls(outputs, reference, limits))
     metric, predictions = None, None
     if reference.task is not None:
         metric, predictions, finding = _check_task(
-            session, reference, reference.task, limits, test_seconds
+            session, reference, reference.task, limits, runtime.test_seconds
         )
         findings.append(finding)
     return {
@@ -115,6 +118,15 @@ def _check_fidelity(fidelity: Mapping[str, Fidelity], limits: Limits) -> Iterato
         else:
             figure = f"relative L2 {measured.relative_l2:.1e}, at most {limits.relative_l2:g}"
             yield passed("fidelity", f"{name}: {figure}{limits.set_by('relative_l2')}")
+
+
+def _worst_sample(outputs: Outputs, reference: Reference, limits: Limits) -> int:
+    """The index of the sample with the largest error in any output."""
+    errors = [
+        [compare(*pair, limits).relative_l2 for pair in zip(expected.numpy(), output, strict=True)]
+        for expected, output in zip(reference.samples.outputs, outputs, strict=True)
+    ]
+    return int(np.max(errors, axis=0).argmax())
 
 
 def _check_controls(outputs: Outputs, reference: Reference, limits: Limits) -> Finding:

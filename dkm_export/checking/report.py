@@ -26,7 +26,15 @@ class Status(StrEnum):
 
 
 Check = Literal[
-    "structure", "size", "samples", "accuracy", "fidelity", "predictions", "negative control", "run"
+    "structure",
+    "size",
+    "samples",
+    "accuracy",
+    "fidelity",
+    "localisation",
+    "predictions",
+    "negative control",
+    "run",
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from enum import StrEnum
 from importlib import metadata
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy.typing as npt
 
 from dkm_export.checking.installation import Installation
+from dkm_export.errors import Unsupported
 from dkm_export.plugins import missing_packages
 
 if TYPE_CHECKING:
@@ -92,6 +93,27 @@ class Runtime(ABC):
             Unsupported: when the runtime cannot execute it, with the operator or feature.
             InvalidInput: when the file is malformed.
         """
+
+    def intermediates(
+        self, artifact: Path, inputs: Arrays
+    ) -> Iterable[tuple[str, npt.NDArray[Any]]]:
+        """Run once and show the tensors on the way to the outputs, and the outputs.
+
+        Where a check finds wrong outputs, it looks here for the layer that they come from.
+
+        Args:
+            artifact: that `load` takes.
+            inputs: as for `Session.run`.
+
+        Returns:
+            Names in the artifact, and arrays, in any layout and order. What does not depend on the
+            inputs, such as decoded weights, need not be there.
+
+        Raises:
+            Unsupported: when the runtime cannot show them, with the reason.
+            InvalidInput: when the file is malformed.
+        """
+        raise Unsupported(f"{self.name} shows outputs only")
 
     def device_test(
         self,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,9 @@ import numpy.typing as npt
 from dkm_export.checking.metrics import Limits
 from dkm_export.checking.runtime import Arrays, NumericClass, Runtime, Session
 from dkm_export.errors import InvalidInput, Unsupported
+
+if TYPE_CHECKING:
+    from dkm_exporters.executorch.program import ProgramFile
 
 
 class ExecuTorchRuntime(Runtime):
@@ -31,39 +34,25 @@ class ExecuTorchRuntime(Runtime):
                 built.
             InvalidInput: when the file is missing, malformed or not written by this project.
         """
-        import executorch.runtime
-
-        from dkm_exporters.executorch.header import INPUTS_METHOD
-        from dkm_exporters.executorch.native import load_backend
         from dkm_exporters.executorch.program import ProgramFile
-        from dkm_exporters.executorch.reading import read_header
 
-        header = read_header(ProgramFile(artifact))
-        if header.backend == "coreml":
-            raise Unsupported(
-                f"{artifact}: is for the Core ML delegate, which runs on Apple systems only"
-            )
-        if header.backend == "xnnpack-lut":
-            load_backend()
-        folder = TemporaryDirectory()
-        try:
-            program = executorch.runtime.Runtime.get().load_program(
-                artifact.read_bytes(), data_path=expand_weights(artifact, Path(folder.name))
-            )
-        except RuntimeError as error:
-            raise InvalidInput(
-                f"{artifact}: not a whole ExecuTorch program: {error}: export it again"
-            ) from error
-        try:
-            names = program.load_method(INPUTS_METHOD).execute([])
-            if "init" in program.method_names:
-                # The methods of a program share their memory here.
-                program.load_method("init").execute([])
-            forward = program.load_method("forward")
-        except RuntimeError as error:
-            raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error
-        numeric_class = NumericClass(header.precision)
-        return _ExecuTorchSession(numeric_class, program, forward, names, folder)
+        return _open(ProgramFile(artifact), artifact.read_bytes())
+
+    def intermediates(
+        self, artifact: Path, inputs: Arrays
+    ) -> Iterable[tuple[str, npt.NDArray[Any]]]:
+        """Run a copy of the program that also returns what it and its XNNPACK delegates compute.
+
+        Raises:
+            Unsupported: when the runtime rejects the copy, or it would take too much memory.
+            InvalidInput: when the file is malformed.
+        """
+        from dkm_exporters.executorch.exposing import expose
+        from dkm_exporters.executorch.program import ProgramFile
+
+        file = ProgramFile(artifact)
+        names = expose(file)
+        return zip(names, _open(file, file.to_bytes()).run(inputs), strict=True)
 
     def device_test(
         self,
@@ -76,6 +65,42 @@ class ExecuTorchRuntime(Runtime):
         from dkm_runtimes.executorch_device import make_device_test
 
         return make_device_test(artifact, inputs, outputs, limits)
+
+
+def _open(file: ProgramFile, content: bytes) -> Session:
+    """A session of ``content``, which is the file's or made from it."""
+    import executorch.runtime
+
+    from dkm_exporters.executorch.header import INPUTS_METHOD
+    from dkm_exporters.executorch.native import load_backend
+    from dkm_exporters.executorch.reading import read_header
+
+    artifact, header = file.path, read_header(file)
+    if header.backend == "coreml":
+        raise Unsupported(
+            f"{artifact}: is for the Core ML delegate, which runs on Apple systems only"
+        )
+    if header.backend == "xnnpack-lut":
+        load_backend()
+    folder = TemporaryDirectory()
+    try:
+        program = executorch.runtime.Runtime.get().load_program(
+            content, data_path=expand_weights(artifact, Path(folder.name))
+        )
+    except RuntimeError as error:
+        raise InvalidInput(
+            f"{artifact}: not a whole ExecuTorch program: {error}: export it again"
+        ) from error
+    try:
+        names = program.load_method(INPUTS_METHOD).execute([])
+        if "init" in program.method_names:
+            # The methods of a program share their memory here.
+            program.load_method("init").execute([])
+        forward = program.load_method("forward")
+    except RuntimeError as error:
+        raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error
+    numeric_class = NumericClass(header.precision)
+    return _ExecuTorchSession(numeric_class, program, forward, names, folder)
 
 
 def expand_weights(artifact: Path, folder: Path) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ class OnnxReferenceRuntime(Runtime):
     packages = ("onnx",)
     only_named = "slow, hours for a large test split"
 
-    def load(self, artifact: Path) -> Session:
+    def load(self, artifact: Path) -> _ReferenceSession:
         """Read a model, with the external data beside it, and prepare its nodes.
 
         Raises:
@@ -59,6 +59,16 @@ class OnnxReferenceRuntime(Runtime):
                 raise InvalidInput(f"{artifact}: {reason}: export it again") from error
         raise Unsupported(f"{artifact}: onnx {onnx.__version__} cannot run it: {reason}")
 
+    def intermediates(
+        self, artifact: Path, inputs: Arrays
+    ) -> Iterable[tuple[str, npt.NDArray[Any]]]:
+        """What every node gives, decoders included.
+
+        Raises:
+            Unsupported, InvalidInput: as `load` and the session do.
+        """
+        return self.load(artifact).intermediates(inputs)
+
 
 class _ReferenceSession(Session):
     def __init__(self, artifact: Path, evaluator: ReferenceEvaluator) -> None:
@@ -73,6 +83,18 @@ class _ReferenceSession(Session):
             Unsupported: when the evaluator fails at a node, which is named.
             InvalidInput: when the inputs are not the model's.
         """
+        results = self._evaluate(inputs)
+        return [results[name] for name in self._evaluator.output_names]
+
+    def intermediates(self, inputs: Arrays) -> list[tuple[str, npt.NDArray[Any]]]:
+        """Evaluate all nodes, and show what each gives.
+
+        Raises:
+            Unsupported, InvalidInput: as `run` does.
+        """
+        return list(self._evaluate(inputs).items())
+
+    def _evaluate(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         names = self._evaluator.input_names
         if set(names) != set(inputs):
             raise InvalidInput(
@@ -80,12 +102,13 @@ class _ReferenceSession(Session):
                 f"got {', '.join(inputs) or 'none'}"
             )
         try:
-            outputs = self._evaluator.run(None, dict(inputs))
+            results = self._evaluator.run(None, dict(inputs), intermediate=True)
         except Exception as error:  # whatever numpy raises in the middle of an operator
             raise Unsupported(
                 f"{self._artifact}: onnx's evaluator fails{_place(error)}: {_line(error)}"
             ) from error
-        return [np.asarray(output) for output in outputs]
+        assert isinstance(results, dict)
+        return {name: np.asarray(value) for name, value in results.items() if value is not None}
 
 
 def _unsupported(model: onnx.ModelProto) -> str | None:

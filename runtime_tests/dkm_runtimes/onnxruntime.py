@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy.typing as npt
 
 from dkm_export.checking.runtime import Arrays, Runtime, Session
 from dkm_export.errors import InvalidInput, Unsupported
+from dkm_export.plugins import missing_packages
 from dkm_runtimes.precision import numeric_class
+
+if TYPE_CHECKING:
+    import onnx
 
 _FATAL = 4
 """Severity above which ONNX Runtime logs; errors arrive as exceptions anyway."""
@@ -25,6 +30,9 @@ _LARGEST_FOLDED = "optimization.constant_folding_max_output_size_in_bytes"
 """Entry of the session's configuration: bytes of the largest tensor that is computed at load."""
 
 _LIMITED_FROM = (1, 27)
+
+_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Entry of the session's configuration: where the tensors are that are not in a model's bytes."""
 
 
 class OnnxRuntime(Runtime):
@@ -47,18 +55,46 @@ class OnnxRuntime(Runtime):
             Unsupported: for an operator, type or opset that this ONNX Runtime does not have.
             InvalidInput: when the file is missing or malformed.
         """
+        if not artifact.is_file():
+            raise InvalidInput(f"{artifact}: no such file")
+        return _OnnxSession(self._open(artifact))
+
+    def intermediates(
+        self, artifact: Path, inputs: Arrays
+    ) -> Iterable[tuple[str, npt.NDArray[Any]]]:
+        """Run a copy of the model in which every tensor that depends on the inputs is an output.
+
+        Raises:
+            Unsupported: when ONNX Runtime cannot run the copy, or the onnx package is missing.
+            InvalidInput: when the file is missing or malformed.
+        """
+        if missing := missing_packages(("onnx",), "onnx"):
+            raise Unsupported(missing)
+        import onnx
+
+        model = onnx.load(artifact, load_external_data=False)
+        names = _dependent(model.graph)
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        session = self._open(artifact, model.SerializeToString())
+        return zip(names, session.run(names, dict(inputs)), strict=True)
+
+    def _open(self, artifact: Path, content: bytes | None = None) -> Any:
+        """ONNX Runtime's session of ``content``, which is ``artifact`` or made from it."""
         import onnxruntime
         from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, InvalidProtobuf
 
-        if not artifact.is_file():
-            raise InvalidInput(f"{artifact}: no such file")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _FATAL
         for key, value in self.config.items():
             options.add_session_config_entry(key, value)
+        if content is not None:
+            options.add_session_config_entry(_EXTERNAL_FOLDER, str(artifact.parent))
         try:
-            session = onnxruntime.InferenceSession(
-                artifact, options, providers=["CPUExecutionProvider"]
+            return onnxruntime.InferenceSession(
+                artifact if content is None else content,
+                options,
+                providers=["CPUExecutionProvider"],
             )
         except (InvalidArgument, InvalidProtobuf) as error:
             raise InvalidInput(f"{artifact}: {_reason(error)}: export it again") from error
@@ -68,7 +104,6 @@ class OnnxRuntime(Runtime):
                 raise InvalidInput(f"{artifact}: {reason}") from error
             runtime = f"ONNX Runtime {onnxruntime.__version__}"
             raise Unsupported(f"{artifact}: {runtime} cannot run it: {_reason(error)}") from error
-        return _OnnxSession(session)
 
 
 class OrtRuntime(OnnxRuntime):
@@ -77,6 +112,16 @@ class OrtRuntime(OnnxRuntime):
     name = "onnxruntime-ort"
     target = "ort"
     where = "native CPU, weights decoded at each inference"
+
+    def intermediates(
+        self, artifact: Path, inputs: Arrays
+    ) -> Iterable[tuple[str, npt.NDArray[Any]]]:
+        """None: the outputs of an ``.ort`` file are fixed.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported("the outputs of an .ort file are fixed: check the onnx target")
 
 
 class PackedOnnxRuntime(OnnxRuntime):
@@ -105,6 +150,15 @@ class _OnnxSession(Session):
     def run(self, inputs: Arrays) -> list[npt.NDArray[Any]]:
         outputs: list[npt.NDArray[Any]] = self._session.run(None, dict(inputs))
         return outputs
+
+
+def _dependent(graph: onnx.GraphProto) -> list[str]:
+    """The tensors that depend on the inputs of a model, which decoded weights do not."""
+    names = dict.fromkeys(value.name for value in graph.input)
+    for node in graph.node:
+        if not names.keys().isdisjoint(node.input):
+            names.update(dict.fromkeys(filter(None, node.output)))
+    return [name for name in names if name not in {value.name for value in graph.input}]
 
 
 def _version() -> str:

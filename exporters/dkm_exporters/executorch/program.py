@@ -13,14 +13,29 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
-from executorch.exir._serialize._program import _get_extended_header
+from executorch.exir._serialize._flatbuffer_program import (
+    _flatbuffer_to_program,
+    _program_to_flatbuffer,
+)
+from executorch.exir._serialize._program import (
+    _ExtendedHeader,
+    _get_extended_header,
+    _insert_flatbuffer_header,
+)
+from executorch.exir._serialize.padding import aligned_size, pad_to
 from executorch.exir.scalar_type import ScalarType
-from executorch.exir.schema import DataLocation, String
+from executorch.exir.schema import (
+    BackendDelegateDataReference,
+    BackendDelegateInlineData,
+    DataLocation,
+    String,
+)
 
 from dkm_export.errors import InvalidInput
 
 _MAGIC = b"ET"
+_ALIGNMENT = 128
+"""Of the segments in a file."""
 _DTYPES: dict[Any, np.dtype[Any]] = {
     ScalarType.BOOL: np.dtype(np.bool_),
     ScalarType.BYTE: np.dtype(np.uint8),
@@ -57,7 +72,8 @@ class ProgramFile:
             raise InvalidInput(f"{path}: cut short, or its header is malformed: export it again")
         try:
             self._program: Any = _flatbuffer_to_program(data[: header.program_size])
-            self._segments = self._cut(memoryview(data)[header.segment_base_offset : end])
+            self._data = memoryview(data)[header.segment_base_offset : end]
+            self._segments = self._cut(self._data)
             self._constants = self._segments[self._program.constant_segment.segment_index]
             self._named = {
                 entry.key: self._segments[entry.segment_index]
@@ -148,6 +164,24 @@ class ProgramFile:
             return bytes(self._program.backend_delegate_data[place.index].data)
         except IndexError as error:
             raise InvalidInput(f"{self.path}: delegate {index} is not within the file") from error
+
+    def set_delegate(self, method: str, index: int, processed: bytes) -> None:
+        """Give a delegate another graph, for `to_bytes`."""
+        graphs = self._program.backend_delegate_data
+        place = BackendDelegateDataReference(DataLocation.INLINE, len(graphs))
+        self.plan(method).delegates[index].processed = place
+        graphs.append(BackendDelegateInlineData(processed))
+
+    def to_bytes(self) -> bytes:
+        """A file with the plans as they are now, changed or not, and the segments as they were."""
+        program = _program_to_flatbuffer(self._program)
+        room = aligned_size(_ExtendedHeader.EXPECTED_LENGTH, program.max_alignment)
+        size = room + len(program.data)
+        start = aligned_size(size, _ALIGNMENT)
+        header = pad_to(_ExtendedHeader(size, start, len(self._data)).to_bytes(), room)
+        head = _insert_flatbuffer_header(program.data, _MAGIC.decode(), header)
+        content: bytes = pad_to(head, start) + bytes(self._data)
+        return content
 
 
 def buffer_name(tensor: Any) -> str:

@@ -22,8 +22,9 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
 from executorch.backends.xnnpack.xnnpack_preprocess import XnnpackBackend
 from executorch.exir import EdgeProgramManager, to_edge_transform_and_lower
-from executorch.exir._serialize._flatbuffer import _flatc_decompile
+from executorch.exir._serialize._flatbuffer import _flatc_compile, _flatc_decompile
 from executorch.exir._serialize._named_data_store import NamedDataStore
+from executorch.exir._serialize.padding import aligned_size, pad_to
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import fx
@@ -46,6 +47,9 @@ _DENSE_BYTES: Final = "dkm.dense_bytes"
 
 _OVERHEAD: Final = 192
 """Of each of them, as `native/dense_memory.h` says."""
+
+_ALIGNMENT: Final = 16
+"""Of the graph and of the constants in a delegated part."""
 
 _INFINITE: Final = re.compile(rb":\s*(-?)inf\b")
 """A number that flatc writes as JSON does not know it: the bounds of activations without any."""
@@ -233,7 +237,7 @@ def constant_keys(processed: bytes) -> list[str]:
     Raises:
         ValueError, KeyError, RuntimeError: when it is malformed.
     """
-    graph = _graph(processed)
+    graph = read_graph(processed)
     names = [constant["named_key"] for constant in graph["constant_data"]]
     values = (value["xvalue_union"] for value in graph["xvalues"])
     tensors = (value.get("tensor_value", value) for value in values)
@@ -241,13 +245,44 @@ def constant_keys(processed: bytes) -> list[str]:
     return [names[index] for value in tensors if (index := value["constant_buffer_idx"])]
 
 
-def _graph(processed: bytes) -> Any:
-    header = XNNHeader.from_bytes(processed[: XNNHeader.EXPECTED_LENGTH])
+def read_graph(processed: bytes) -> Any:
+    """The graph of a delegated part, as the JSON of its schema.
+
+    Raises:
+        ValueError, KeyError, RuntimeError: when it is malformed.
+    """
+    header = _header(processed)
     start = header.flatbuffer_offset
     with tempfile.TemporaryDirectory() as folder:
-        schema, binary = Path(folder, "schema.fbs"), Path(folder, "graph.bin")
-        schema.write_bytes(resources.files(serialization).joinpath("schema.fbs").read_bytes())
+        schema, binary = _schema(folder), Path(folder, "graph.bin")
         binary.write_bytes(processed[start : start + header.flatbuffer_size])
         _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
         text = binary.with_suffix(".json").read_bytes()
         return json.loads(_INFINITE.sub(rb": \1Infinity", text))
+
+
+def replace_graph(processed: bytes, graph: Any) -> bytes:
+    """The delegated part with another graph, which `read_graph` gave and was edited."""
+    before = _header(processed)
+    with tempfile.TemporaryDirectory() as folder:
+        schema, text = _schema(folder), Path(folder, "graph.json")
+        text.write_text(json.dumps(graph))
+        _flatc_compile(folder, str(schema), str(text))
+        binary = text.with_suffix(".bin").read_bytes()
+    start = aligned_size(XNNHeader.EXPECTED_LENGTH, _ALIGNMENT)
+    constants = start + aligned_size(len(binary), _ALIGNMENT)
+    header = XNNHeader(start, len(binary), constants, before.constant_data_size)
+    rest = processed[before.constant_data_offset :][: before.constant_data_size]
+    content: bytes = pad_to(pad_to(header.to_bytes(), start) + binary, constants) + rest
+    return content
+
+
+def _header(processed: bytes) -> XNNHeader:
+    return XNNHeader.from_bytes(processed[: XNNHeader.EXPECTED_LENGTH])
+
+
+def _schema(folder: str) -> Path:
+    """XNNPACK's schema, as a file for flatc."""
+    schema = Path(folder, "schema.fbs")
+    schema.write_bytes(resources.files(serialization).joinpath("schema.fbs").read_bytes())
+    return schema

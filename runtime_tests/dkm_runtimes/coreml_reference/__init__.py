@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from dkm_export.checking.runtime import Runtime
+import numpy.typing as npt
+
+from dkm_export.checking.runtime import Arrays, Runtime
 
 if TYPE_CHECKING:
     from dkm_runtimes.coreml_reference.interpreter import ReferenceSession
@@ -42,6 +44,14 @@ class CoreMLReferenceRuntime(Runtime):
         from dkm_runtimes.coreml_reference.interpreter import ReferenceSession
 
         return ReferenceSession(artifact, rounding=self.rounding)
+
+    def intermediates(self, artifact: Path, inputs: Arrays) -> list[tuple[str, npt.NDArray[Any]]]:
+        """What every operation of the program gives.
+
+        Raises:
+            Unsupported, InvalidInput: as `load` and the session do.
+        """
+        return self.load(artifact).intermediates(inputs)
 
 
 class CoreMLReferenceFp16Runtime(CoreMLReferenceRuntime):

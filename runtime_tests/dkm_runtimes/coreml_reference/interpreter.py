@@ -84,6 +84,21 @@ class ReferenceSession(Session):
             Unsupported: for arguments of an operator that are not known, or too much memory or
                 work.
         """
+        values = self._run(inputs)
+        return [_array(values[name]) for name in self._package.outputs]
+
+    def intermediates(self, inputs: Arrays) -> list[tuple[str, npt.NDArray[Any]]]:
+        """Evaluate the program, and show what every operation gives.
+
+        Raises:
+            InvalidInput, Unsupported: as `run` does; more than 4 GiB in all are too much memory.
+        """
+        values = self._run(inputs, keep=True)
+        names = [name for operation in self._operations for name in operation.outputs]
+        return [(name, _array(values[name])) for name in names]
+
+    def _run(self, inputs: Arrays, *, keep: bool = False) -> dict[str, Value]:
+        """The values when the program has ended: outputs, and with ``keep`` all others."""
         values = {**self._constants, **self._checked_inputs(inputs)}
         used = sum(nbytes(value) for value in values.values())
         with torch.no_grad(), bounded():
@@ -95,8 +110,9 @@ class ReferenceSession(Session):
                         f"{_described(operation)}: more than 4 GiB of values"
                     )
                 values.update(results)
-                used -= sum(nbytes(values.pop(name)) for name in last_uses)
-        return [_array(values[name]) for name in self._package.outputs]
+                if not keep:
+                    used -= sum(nbytes(values.pop(name)) for name in last_uses)
+        return values
 
     def _check_order(self) -> None:
         """Nothing is used before it is computed, and every output is computed."""
