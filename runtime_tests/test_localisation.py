@@ -392,7 +392,7 @@ def test_a_check_localises_what_fails(reference: Reference, export: Export) -> N
     assert localisation[:2] == ("localisation", Status.FAIL)
     assert localisation[2].startswith("first wrong layer: 3.body.6.reduce (")
     # what cannot be localised is no other verdict
-    report = check_runtime(artifact, Blind(), reference)
+    report = check_runtime(artifact, Blind(), reference, Gates())
     assert report.status is Status.FAIL
     assert report.findings[1] == Finding(
         check="localisation",
