@@ -18,16 +18,30 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+import torch
+from onnx import helper
 from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
 
 from dkm_export.checking.check import check
 from dkm_export.checking.report import Report
 from dkm_export.checkpoint import save_checkpoint
 from dkm_export.errors import ExitCode
 from dkm_export.exporting.export import export
+from dkm_export.spec import LayerRule
 from tests.compiler import needs_compiler
 from tests.networks import palettized
+from tests.spoiling import (
+    Spoil,
+    change_entry,
+    changed,
+    in_onnx,
+    in_xnnpack,
+    padding_in_coreml,
+    padding_in_xnnpack,
+    replace_constant,
+)
+from tests.zoo import ROW, lively, palettize
 
 pytestmark = needs_compiler
 NETWORK = "mobilenet_v3"
@@ -51,26 +65,19 @@ class Fault:
     says: str
 
 
-def onnx_fault(edit: Callable[[onnx.GraphProto], None]) -> Callable[[Path], None]:
-    def plant(out: Path) -> None:
-        file = out / "onnx" / f"{NETWORK}.onnx"
-        model = onnx.load(file)
-        edit(model.graph)
-        onnx.save(model, file)
+def of(target: str, spoil: Spoil) -> Callable[[Path], None]:
+    """Spoil the artifact of a target."""
+    suffix = {"onnx": ".onnx", "coreml": ".mlpackage", "executorch": ".pte"}[target]
+    return lambda out: spoil(out / target / f"{NETWORK}{suffix}")
 
-    return plant
+
+def onnx_fault(edit: Callable[[onnx.GraphProto], None]) -> Callable[[Path], None]:
+    return of("onnx", in_onnx(edit))
 
 
 def node(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
     found: list[onnx.NodeProto] = [node for node in graph.node if node.name == name]
     return found[0]
-
-
-def change(graph: onnx.GraphProto, name: str, change: Callable[[Any], Any]) -> None:
-    """Put another array in an initializer's place."""
-    (tensor,) = (tensor for tensor in graph.initializer if tensor.name == name)
-    array = np.ascontiguousarray(change(numpy_helper.to_array(tensor).copy()))
-    tensor.CopyFrom(numpy_helper.from_array(array, name))
 
 
 def attribute(graph: onnx.GraphProto, name: str, key: str, value: Any) -> None:
@@ -134,6 +141,24 @@ def cut_short(name: str) -> Callable[[Path], None]:
     return plant
 
 
+def entry(name: str) -> Spoil:
+    return lambda artifact: change_entry(artifact, palettized(NETWORK, 4).palettes[name])
+
+
+def bias(name: str) -> Spoil:
+    def spoil(artifact: Path) -> None:
+        right = palettized(NETWORK, 4).dense[name].numpy()
+        replace_constant(artifact.parent, right, right + np.float32(0.1))
+
+    return spoil
+
+
+def bounds(graph: Any) -> None:
+    """An activation that ends at another value."""
+    node = next(n for n in graph["xnodes"] if n.get("output_min_max"))
+    node["output_min_max"]["output_max"] = 0.1
+
+
 def one_more(array: Any) -> Any:
     array.flat[0] += 0.05 * np.abs(array).max()
     return array
@@ -149,17 +174,17 @@ def swapped(array: Any) -> Any:
 
 FAULTS: dict[str, Fault] = {
     "onnx: LUT entry": Fault(
-        onnx_fault(lambda graph: change(graph, "3.body.3.weight.lut", one_more)),
+        of("onnx", changed("3.body.3.weight.lut", one_more)),
         "onnx file",
         r"3\.body\.3\.weight: 1 of 16 LUT entries",
     ),
     "onnx: swapped indices": Fault(
-        onnx_fault(lambda graph: change(graph, "4.body.0.weight.indices", swapped)),
+        of("onnx", changed("4.body.0.weight.indices", swapped)),
         "onnx file",
         r"4\.body\.0\.weight: 4 of 192 indices differ",
     ),
     "onnx: shifted bias": Fault(
-        onnx_fault(lambda graph: change(graph, "3.body.3.bias", one_more)),
+        of("onnx", changed("3.body.3.bias", one_more)),
         "onnxruntime",
         r"first wrong layer: 3\.body\.[34]",
     ),
@@ -174,7 +199,7 @@ FAULTS: dict[str, Fault] = {
         r"hardsigmoid in 3\.body\.6\.gate",
     ),
     "onnx: missing scale": Fault(
-        onnx_fault(lambda graph: change(graph, "3.body.0.weight.scale", np.ones_like)),
+        of("onnx", changed("3.body.0.weight.scale", np.ones_like)),
         "onnxruntime",
         r"first wrong layer: 3\.body\.0",
     ),
@@ -184,22 +209,49 @@ FAULTS: dict[str, Fault] = {
         r"first wrong layer: 3\.body\.3",
     ),
     "onnx: wrong axis": Fault(
-        onnx_fault(lambda graph: change(graph, "val_6", lambda axes: axes * 0 + [1, 2])),
+        of("onnx", changed("val_6", lambda axes: axes * 0 + [1, 2])),
         "onnxruntime",
-        r"",
+        r"first wrong layer: 7 .* not shown just before it: adaptive_avg_pool2d in 5",
     ),
     "onnx: another activation": Fault(
         onnx_fault(lambda graph: setattr(node(graph, "4.body.2/HardSwish"), "op_type", "Relu")),
         "onnxruntime",
-        r"hardswish",
+        r"first wrong step: hardswish in 4\.body\.2",
     ),
     "onnx: a shortcut taken from the wrong place": Fault(
         onnx_fault(lambda graph: replace_input(graph, "4/Add", 0, "hardswish")),
         "onnxruntime",
-        r"add",
+        r"first wrong step: add in 4",
     ),
     "onnx: stale artifact": Fault(
         stale("onnx", ".onnx"), "onnx file", r"0\.weight: bits 3 instead of 4$"
+    ),
+    "coreml: LUT entry": Fault(
+        of("coreml", entry("3.body.0.weight")), "coreml file", r"3\.body\.0\.weight: 1 of 16 LUT"
+    ),
+    "coreml: shifted bias": Fault(
+        of("coreml", bias("4.body.6.reduce.bias")),
+        "coreml-reference",
+        r"first wrong layer: 4\.body\.6\.reduce",
+    ),
+    "coreml: wrong padding": Fault(
+        of("coreml", padding_in_coreml), "coreml-reference", r"first wrong layer: 3\.body\.3"
+    ),
+    "executorch: LUT entry": Fault(
+        of("executorch", entry("4.body.7.weight")),
+        "executorch file",
+        r"4\.body\.7\.weight: the packed weight",
+    ),
+    "executorch: shifted bias": Fault(
+        of("executorch", bias("3.body.6.expand.bias")),
+        "executorch",
+        r"first wrong layer: 3\.body\.6\.expand",
+    ),
+    "executorch: wrong padding": Fault(
+        of("executorch", padding_in_xnnpack), "executorch", r"first wrong layer: 3\.body\.3"
+    ),
+    "executorch: wrong bound of an activation": Fault(
+        of("executorch", in_xnnpack(bounds)), "executorch", r"3\.body\.6"
     ),
     "executorch: stale artifact": Fault(
         stale("executorch", ".pte"), "executorch file", r"0\.weight: bits 3 instead of 4$"
@@ -262,3 +314,36 @@ def test_a_fault_is_caught_and_named(name: str, clean: Path, tmp_path: Path) -> 
     assert any(owner == fault.where and re.search(fault.says, said) for owner, said in found)
     owners = OWNERS.get(name.partition(":")[0])
     assert owners is None or {owner for owner, _ in found} <= owners
+
+
+def test_values_beyond_float16(tmp_path: Path) -> None:
+    """A network that computes with larger numbers than its precision has."""
+    model = palettize("runtime_tests.test_faults:loud", ROW, LayerRule(bits=4))
+    save_checkpoint(model, tmp_path / "model.dkm.safetensors")
+    settings = {"executorch": {"precision": "fp16"}}
+    export(tmp_path / "model.dkm.safetensors", ["executorch"], tmp_path / "out", settings=settings)
+    found = failures(check(tmp_path / "out", runtimes=["executorch"]))
+    assert any("elements are NaN or infinite" in said for _, said in found)
+    assert any(said.startswith("first wrong layer: first") for _, said in found), found
+
+
+class Loud(nn.Module):
+    """Large numbers between a layer and the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(48, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(torch.relu(self.first(x)))
+        return y
+
+
+def loud() -> nn.Module:
+    module = Loud()
+    lively(module)
+    with torch.no_grad():
+        module.first.weight.mul_(5e4)
+        module.first.bias.mul_(5e4)
+        module.second.weight.mul_(2e-5)
+    return module
