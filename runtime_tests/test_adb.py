@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from dkm_export.cli.main import main
 from dkm_export.spec import LayerRule
 from dkm_exporters.executorch.native import RUNNER, built
 from dkm_runtimes import adb, child
+from dkm_runtimes.aarch64.emulator import command
+from dkm_runtimes.aarch64.executorch import ExecuTorchAarch64
 from tests.adb_device import AdbServer, LoopbackDevice, adb_server, needs_adb
 from tests.compiler import needs_compiler
 from tests.zoo import IMAGE, palettize
@@ -63,6 +66,15 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runner() -> Path:
     return built() / RUNNER
+
+
+@pytest.fixture(scope="module")
+def aarch64() -> Path:
+    """The folder of an installation; asked for before the fixtures that change HOME."""
+    runtime = ExecuTorchAarch64()
+    if reason := runtime.unavailable():
+        pytest.skip(reason)
+    return runtime.installation.folder
 
 
 @pytest.fixture
@@ -129,6 +141,20 @@ def test_a_device(server: AdbServer, check: Check) -> None:
     assert entry["where"] == f"adb:{device.serial}, Loopback 3, x86_64"
     assert report["required"] == [entry["runtime"]]
     assert {finding["check"] for finding in entry["findings"]} == {"fidelity", "negative control"}
+    assert left_on(device) == []
+
+
+@pytest.mark.slow
+def test_a_device_that_runs_programs_for_aarch64(
+    aarch64: Path, server: AdbServer, check: Check
+) -> None:
+    runner = aarch64 / "runner" / RUNNER
+    *emulator, _ = command(aarch64, runner)
+    device = server.add("Emulated", abi="arm64-v8a", run_with=shlex.join(emulator))
+    code, report = check("adb", runner=runner)
+    entry = runs(report)[device.serial]
+    assert (code, entry["status"]) == (0, "pass")
+    assert entry["where"] == f"adb:{device.serial}, Emulated, arm64-v8a"
     assert left_on(device) == []
 
 
