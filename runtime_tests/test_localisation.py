@@ -250,6 +250,15 @@ def test_half_precision(tmp_path: Path) -> None:
     assert "layer: 3.body.0 (" in localised(artifact, runtime, model).message
 
 
+def test_a_program_in_half_precision(tmp_path: Path) -> None:
+    model = model_of("mobilenet_v3")
+    options = ExecuTorchOptions(precision="fp16")
+    artifact = EXECUTORCH.lower(model, model.build(), tmp_path, options)
+    assert localised(artifact, RUN_EXECUTORCH, model).message.startswith("all 19 layers")
+    change_entry(artifact, model.palettes["3.body.0.weight"])
+    assert "layer: 3.body.0 (relative" in localised(artifact, RUN_EXECUTORCH, model).message
+
+
 def test_a_program_for_several_batches(tmp_path: Path) -> None:
     model = palettize("tests.zoo:tokens", TOKENS, LayerRule(bits=3))
     artifact = EXECUTORCH.lower(
