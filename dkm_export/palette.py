@@ -7,7 +7,7 @@ of output channels with a LUT each. Everything here is numpy and knows no file a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Final
 
@@ -225,14 +225,18 @@ class Palette:
 
         ``scale`` is left out: it belongs to a target, not to the clustering.
         """
-        if (self.bits, self.layout) != (other.bits, other.layout):
-            return f"layout {other.bits} bits {other.layout} instead of {self.bits} {self.layout}"
-        for name in ("lut", "indices"):
-            ours, theirs = getattr(self, name), getattr(other, name)
+        theirs, ours = ({"bits": x.bits} | asdict(x.layout) for x in (other, self))
+        changed = [
+            f"{key} {theirs[key]} instead of {ours[key]}"
+            for key in ours
+            if theirs[key] != ours[key]
+        ]
+        if changed:
+            return ", ".join(changed)
+        for name, kind in (("lut", "LUT entries"), ("indices", "indices")):
+            mine, its = getattr(self, name), getattr(other, name)
             # Compare bits, not values: -0.0 equals 0.0.
-            differing = int(
-                (ours.view(f"u{ours.itemsize}") != theirs.view(f"u{theirs.itemsize}")).sum()
-            )
+            differing = int((mine.view(f"u{mine.itemsize}") != its.view(f"u{its.itemsize}")).sum())
             if differing:
-                return f"{differing} of {ours.size} {name.replace('lut', 'LUT')} entries differ"
+                return f"{differing} of {mine.size} {kind} differ"
         return None

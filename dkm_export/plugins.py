@@ -1,4 +1,4 @@
-"""Exporters, runtimes and recipes are found through entry points."""
+"""Exporters, runtimes, bridges to devices and recipes are found through entry points."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dkm_export.errors import InvalidInput, Unsupported
 
 EXPORTERS = "dkm_export.exporters"
 RUNTIMES = "dkm_export.runtimes"
+DEVICES = "dkm_export.devices"
 RECIPES = "dkm_export.recipes"
 
 

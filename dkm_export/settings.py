@@ -1,11 +1,26 @@
-"""Settings given on the command line as ``--set key=value``."""
+"""Settings in TOML files, and on the command line as ``--set key=value``."""
 
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 from typing import Any
 
 from dkm_export.errors import InvalidInput
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        InvalidInput: when it is missing or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InvalidInput(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"{path}: not TOML: {error}") from error
 
 
 def parse_setting(text: str) -> tuple[list[str], Any]:

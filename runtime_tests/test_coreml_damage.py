@@ -57,7 +57,9 @@ def poke(artifact: Path, offset: int, format: str, value: int) -> None:
     (artifact / WEIGHTS).write_bytes(content)
 
 
-@pytest.mark.parametrize(("argument", "count"), [("lut", "16 LUT"), ("indices", "4608 indices")])
+@pytest.mark.parametrize(
+    ("argument", "count"), [("lut", "16 LUT entries"), ("indices", "4608 indices")]
+)
 def test_one_changed_byte_is_seen_in_its_layer(
     argument: str, count: str, tokens: tuple[PalettizedModel, Path], tmp_path: Path
 ) -> None:
@@ -68,7 +70,7 @@ def test_one_changed_byte_is_seen_in_its_layer(
     poke(artifact, start, "<B", content[start] ^ 1)
     palettes = CoreMLExporter().read_palettes(artifact)
     differences = {name: p.difference(palettes[name]) for name, p in model.palettes.items()}
-    assert differences.pop("hidden.weight") == f"1 of {count} entries differ"
+    assert differences.pop("hidden.weight") == f"1 of {count} differ"
     assert not any(differences.values())
     (tokens_in,) = model.source.example_inputs()
     (changed,), (right,) = (

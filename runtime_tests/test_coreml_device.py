@@ -229,7 +229,7 @@ def test_a_device_test_holds_samples_and_limits(tokens: Path) -> None:
     logits = generator.normal(size=(8, 1, 12)).astype(np.float32)
     best = logits.argmax(-1)
     files = CoreMLNeuralEngineRuntime().device_test(
-        tokens, {"tokens": ids}, {"output": logits, "best": best}
+        tokens, {"tokens": ids}, {"output": logits, "best": best}, LIMITS
     )
     prefix = Package(tokens).path.stem.capitalize()
     assert sorted(files) == [
@@ -263,7 +263,9 @@ def test_a_device_test_holds_images(layout: str, convolutions: Path, tmp_path: P
     image = ImageInput.model_validate(COLOR.model_dump() | {"color_layout": layout})
     package = with_images(convolutions, tmp_path, described(image))
     outputs = {"output": np.ones((4, 1, 24), np.float32)}
-    files = CoreMLRuntime().device_test(package, {"image": normalized(PIXELS, image)}, outputs)
+    files = CoreMLRuntime().device_test(
+        package, {"image": normalized(PIXELS, image)}, outputs, LIMITS
+    )
     data = {Path(name).suffix: content for name, content in files.items()}
     layout_read = json.loads(data[".json"])
     assert layout_read["limits"]["sqnrDB"] == LIMITS[NumericClass.FP32].sqnr_db
@@ -275,7 +277,9 @@ def test_a_device_test_holds_images(layout: str, convolutions: Path, tmp_path: P
     assert (found[..., 3] == 255).all()
     assert np.array_equal(stored(data[".bin"], layout_read["outputs"][0], 4), outputs["output"])
     with pytest.raises(Unsupported, match="not an 8-bit image"):
-        CoreMLRuntime().device_test(package, {"image": normalized(PIXELS / 2, image)}, outputs)
+        CoreMLRuntime().device_test(
+            package, {"image": normalized(PIXELS / 2, image)}, outputs, LIMITS
+        )
 
 
 @pytest.mark.parametrize(
@@ -286,7 +290,7 @@ def test_swift_names_are_identifiers(name: str, prefix: str, tokens: Path, tmp_p
     package = tmp_path / "folder" / f"{name.replace('/', ':')}.mlpackage"
     shutil.copytree(tokens, package)
     files = CoreMLRuntime().device_test(
-        package, {"tokens": np.zeros((1, 1, 12), np.int32)}, {"output": np.ones((1, 1, 12))}
+        package, {"tokens": np.zeros((1, 1, 12), np.int32)}, {"output": np.ones((1, 1, 12))}, LIMITS
     )
     swift = files[f"{prefix}Tests.swift"].decode()
     assert f"final class {prefix}Tests: XCTestCase {{" in swift

@@ -134,7 +134,7 @@ def test_decode_is_exact(bits: int, layout: Layout) -> None:
     palette = Palette(bits, layout, lut, indices)
     packed = pack_fields(palette.indices.reshape(-1), bits)
     assert packed.size == packed_size(layout.vectors, bits)
-    weight = Decode(palette)(torch.from_numpy(packed))
+    weight = Decode(palette, torch.float32)(torch.from_numpy(packed))
     np.testing.assert_array_equal(weight.numpy(), palette.dense())
 
 
@@ -154,6 +154,11 @@ def test_program_holds_and_computes_the_palettes(
         assert palette.lut.tobytes() in data
     assert not differing(model, artifact)
     assert worst_error(model, artifact) <= 1e-5
+    (tmp_path / "half").mkdir()
+    options = ExecuTorchOptions(backend="portable", precision="fp16")
+    half = ExecuTorchExporter().lower(model, model.build(), tmp_path / "half", options)
+    assert not differing(model, half)
+    assert 1e-5 < worst_error(model, half) <= 1e-2
 
 
 def test_nothing_dense_is_left(model: PalettizedModel, original: Path) -> None:

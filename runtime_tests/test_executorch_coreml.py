@@ -33,7 +33,7 @@ from tests.zoo import IMAGE, ROW, TOKENS, lively, palettize
 HERE = "runtime_tests.test_executorch_coreml"
 PACKAGE = "model.mlpackage"
 COREML = ExecuTorchOptions(backend="coreml")
-FP32 = ExecuTorchOptions(backend="coreml", coreml_precision="fp32")
+FP32 = ExecuTorchOptions(backend="coreml", precision="fp32")
 
 CASES = {
     "convolutions": (
@@ -357,9 +357,9 @@ def test_what_core_ml_cannot_hold_is_refused(rule: dict[str, int], message: str)
     ExecuTorchExporter().requires(model, ExecuTorchOptions())
 
 
-def test_the_precision_is_core_mls() -> None:
-    with pytest.raises(ValueError, match="not for backend=portable"):
-        ExecuTorchOptions(backend="portable", coreml_precision="fp32")
+def test_core_ml_computes_in_float16_unless_it_is_told_otherwise() -> None:
+    assert COREML.computes_in == "fp16"
+    assert FP32.computes_in == ExecuTorchOptions().computes_in == "fp32"
 
 
 def test_it_is_not_run_here(original: Path) -> None:

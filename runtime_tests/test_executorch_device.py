@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dkm_export.checking.metrics import LIMITS
 from dkm_export.checkpoint import save_checkpoint
 from dkm_export.cli.main import main
 from dkm_export.palettized import PalettizedModel
@@ -28,7 +30,9 @@ def model() -> PalettizedModel:
     return palettize("tests.zoo:tokens", TOKENS, LayerRule(bits=3))
 
 
-def bundled(model: PalettizedModel, folder: Path, backend: Backend, off: float = 0) -> bytes:
+def bundled(
+    model: PalettizedModel, folder: Path, backend: Backend, off: float = 0
+) -> dict[str, bytes]:
     """The program with three samples; ``off`` is added to what is expected of the last one."""
     options = ExecuTorchOptions(backend=backend)
     artifact = ExecuTorchExporter().lower(model, model.build(), folder, options)
@@ -36,19 +40,22 @@ def bundled(model: PalettizedModel, folder: Path, backend: Backend, off: float =
     module = model.build()
     outputs = np.stack([module(torch.from_numpy(x)).numpy() for x in inputs])
     outputs[-1] += off
-    files = ExecuTorchRuntime().device_test(artifact, {"tokens": inputs}, {"output": outputs})
+    given, expected = {"tokens": inputs}, {"output": outputs}
+    files = ExecuTorchRuntime().device_test(artifact, given, expected, LIMITS)
     assert "3 samples" in files["README.md"].decode()
-    return files["tokens.bpte"]
+    return files
 
 
-def verifying(content: bytes) -> Callable[[int], object]:
+def verifying(files: dict[str, bytes]) -> Callable[[int], object]:
     """ExecuTorch's own comparison for one sample, with the tolerances that our page names."""
     from executorch.extension.pybindings import portable_lib
 
     load_backend()
-    bundle = portable_lib._load_bundled_program_from_buffer(content)
+    bundle = portable_lib._load_bundled_program_from_buffer(files["tokens.bpte"])
+    page = files["README.md"].decode()
+    rtol, atol = (float(found) for found in re.findall(r"tol ([0-9.e-]+[0-9])", page))
     return lambda index: bundle.verify_result_with_bundled_expected_output(
-        "forward", index, 1e-3, 1e-5
+        "forward", index, rtol, atol
     )
 
 
@@ -69,7 +76,8 @@ def test_right_samples_pass_and_wrong_ones_do_not(
 def test_every_backend_can_be_bundled(model: PalettizedModel, tmp_path: Path) -> None:
     for backend in get_args(Backend):
         (tmp_path / backend).mkdir()
-        assert bundled(model, tmp_path / backend, backend)[4:8] == b"BP08"
+        content = bundled(model, tmp_path / backend, backend)["tokens.bpte"]
+        assert content[4:8] == b"BP08"
 
 
 @needs_compiler
@@ -82,7 +90,7 @@ def test_check_writes_it(
     test = tmp_path / "test"
     required = "executorch,executorch-runner"
     assert main(["check", str(out), "--require", required, "--device-test", str(test)]) == 0
-    assert "xnnpack-lut: the app links XNNPACK and our delegate" in capsys.readouterr().out
+    assert "xnnpack-lut, fp32: the app links XNNPACK and our delegate" in capsys.readouterr().out
     names = {file.name for file in (test / "executorch").iterdir()}
     assert names == {"tokens.bpte", "README.md"}
     assert json.loads((test / "device_test.json").read_text())["model"] == "tokens"

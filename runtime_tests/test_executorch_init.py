@@ -371,3 +371,9 @@ def test_in_cpp(model: PalettizedModel, artifact: Path, tmp_path: Path) -> None:
             check_outputs(outputs, reference(model, inputs))
         else:
             assert all(np.isnan(output).all() for output in outputs)
+
+
+def test_it_computes_in_float32() -> None:
+    assert ExecuTorchOptions(backend="xnnpack-init", precision="fp32").computes_in == "fp32"
+    with pytest.raises(ValueError, match="fp16 is not for backend=xnnpack-init: leave it out"):
+        ExecuTorchOptions(backend="xnnpack-init", precision="fp16")

@@ -17,14 +17,14 @@ from executorch.exir import to_edge_transform_and_lower
 from executorch.exir._serialize._program import deserialize_pte_binary, serialize_pte_binary
 from torch import Tensor, nn
 
-from dkm_export.checking.runtime import Runtime, Session
+from dkm_export.checking.runtime import NumericClass, Runtime, Session
 from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.folding import fold_batch_norm
 from dkm_export.palette import Palette
 from dkm_export.palettized import InputSpec, PalettizedModel
 from dkm_export.spec import LayerRule
 from dkm_exporters.executorch import ExecuTorchExporter, ExecuTorchOptions
-from dkm_exporters.executorch.options import WEIGHTS_SUFFIX, Backend
+from dkm_exporters.executorch.options import WEIGHTS_SUFFIX, Backend, Precision
 from dkm_exporters.executorch.program import ProgramFile
 from dkm_exporters.executorch.xnnpack import BLOB_PREFIX, LUT_BACKEND
 from dkm_runtimes.executorch import ExecuTorchRuntime
@@ -70,6 +70,18 @@ class Bare(nn.Module):
         return y
 
 
+class Wide(nn.Module):
+    """Makes a float32 tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        y: Tensor = self.layer(rows + torch.ones(16))
+        return y
+
+
 class OwnNorm(nn.BatchNorm2d):
     """A subclass, which our fold leaves alone and XNNPACK's does not."""
 
@@ -83,6 +95,10 @@ def copied() -> nn.Module:
 
 def bare() -> nn.Module:
     return lively(Bare())
+
+
+def wide() -> nn.Module:
+    return lively(Wide())
 
 
 def lower(model: PalettizedModel, folder: Path, backend: Backend, **options: Any) -> Path:
@@ -117,12 +133,15 @@ def reference(model: PalettizedModel, inputs: tuple[Tensor, ...]) -> Arrays:
     return [x.numpy() for x in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
-def dense(model: PalettizedModel) -> Callable[[tuple[Tensor, ...]], Arrays]:
+def dense(model: PalettizedModel, precision: Precision) -> Callable[[tuple[Tensor, ...]], Arrays]:
     """XNNPACK as it is, with the weights that the palettes stand for."""
     import executorch.runtime
 
     module, inputs = model.build(), model.source.example_inputs()
     fold_batch_norm(module, model.palettes, inputs, model.ties)
+    if precision == "fp16":
+        module.half()
+        inputs = halved(inputs)
     program = to_edge_transform_and_lower(
         torch.export.export(module, inputs), partitioner=[XnnpackPartitioner()]
     )
@@ -132,9 +151,14 @@ def dense(model: PalettizedModel) -> Callable[[tuple[Tensor, ...]], Arrays]:
 
     def execute(given: tuple[Tensor, ...]) -> Arrays:
         assert loaded
-        return [output.numpy().copy() for output in forward.execute(list(given))]
+        taken = halved(given) if precision == "fp16" else given
+        return [output.float().numpy().copy() for output in forward.execute(list(taken))]
 
     return execute
+
+
+def halved(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.half() if x.is_floating_point() else x for x in tensors)
 
 
 def error(outputs: Arrays, references: Arrays) -> float:
@@ -145,14 +169,19 @@ def error(outputs: Arrays, references: Arrays) -> float:
     )
 
 
-def check(model: PalettizedModel, folder: Path, backend: Backend) -> Path:
+def check(
+    model: PalettizedModel, folder: Path, backend: Backend, precision: Precision = "fp32"
+) -> Path:
     """Palettes bit for bit, and on all runtimes outputs as with dense weights, also bit for bit."""
-    artifact = lower(model, folder, backend)
+    artifact = lower(model, folder, backend, precision=precision)
     assert not differing(model, artifact)
-    sessions, exact = [runtime.load(artifact) for runtime in RUNTIMES], dense(model)
+    sessions, exact = [runtime.load(artifact) for runtime in RUNTIMES], dense(model, precision)
+    assert {session.numeric_class for session in sessions} == {NumericClass(precision)}
     for inputs in inputs_of(model):
         expected = exact(inputs)
-        assert error(expected, reference(model, inputs)) < 1e-5
+        # XNNPACK's own float16 is beyond the limits of a check on a random ResNet.
+        limit = {"fp32": 1e-5, "fp16": 5e-2}[precision]
+        assert error(expected, reference(model, inputs)) < limit
         for session in sessions:
             for found, right in zip(run(session, model, inputs), expected, strict=True):
                 np.testing.assert_array_equal(found.view(np.uint32), right.view(np.uint32))
@@ -190,9 +219,11 @@ def artifact(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", get_args(Precision))
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families(name: str, tmp_path: Path) -> None:
-    check(palettized(name, 4), tmp_path, "xnnpack-lut")
+def test_families(name: str, precision: Precision, tmp_path: Path) -> None:
+    artifact = check(palettized(name, 4), tmp_path, "xnnpack-lut", precision)
+    assert b"DKM-LUT" in artifact.read_bytes()
 
 
 @pytest.mark.slow
@@ -201,14 +232,20 @@ def test_families_with_weights_beside_them(name: str, tmp_path: Path) -> None:
     check(palettized(name, 3), tmp_path, "xnnpack-ptd")
 
 
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [("xnnpack-lut", "fp32"), ("xnnpack-lut", "fp16"), ("xnnpack-ptd", "fp16")],
+)
 @pytest.mark.parametrize(("factory", "inputs", "rules"), CASES.values(), ids=CASES)
 def test_layouts(
     factory: str,
     inputs: tuple[InputSpec, ...],
     rules: tuple[LayerRule, ...],
+    backend: Backend,
+    precision: Precision,
     tmp_path: Path,
 ) -> None:
-    check(palettize(f"tests.zoo:{factory}", inputs, *rules), tmp_path, "xnnpack-lut")
+    check(palettize(f"tests.zoo:{factory}", inputs, *rules), tmp_path, backend, precision)
 
 
 def test_nothing_dense_is_left(model: PalettizedModel, artifact: Path) -> None:
@@ -235,6 +272,13 @@ def test_layers_with_the_same_weight_are_stored_once(tmp_path: Path) -> None:
     header = json.loads(ProgramFile(artifact).strings("dkm_palettes")[0])
     assert header["decodes"] == 2 * [["first.weight", "second.weight"]]
     assert artifact.read_bytes().count(b"DKM-LUT") == 1
+
+
+def test_a_model_that_is_not_for_float16_is_refused(tmp_path: Path) -> None:
+    model = palettize(f"{HERE}:wide", ROWS, LayerRule(bits=2))
+    check(model, tmp_path, "xnnpack-lut")
+    with pytest.raises(Unsupported, match=r"with mismatched dtypes: Operator: .*addmm"):
+        lower(model, tmp_path, "xnnpack-lut", precision="fp16")
 
 
 def test_what_xnnpack_does_not_take_is_decoded_in_the_graph(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from dkm_export.checking.execution import check_runtime
+from dkm_export.checking.gates import Gates
 from dkm_export.checking.localisation import localise, record
 from dkm_export.checking.metrics import LIMITS
 from dkm_export.checking.reference import Reference, make_reference
@@ -24,23 +24,28 @@ from dkm_export.checking.report import Finding, Status
 from dkm_export.checking.runtime import Arrays, Runtime
 from dkm_export.errors import Unsupported
 from dkm_export.exporting import Exporter
-from dkm_export.files import files_below
-from dkm_export.palette import Palette
 from dkm_export.palettized import InputSpec, PalettizedModel
 from dkm_export.samples import make_samples
 from dkm_export.spec import LayerRule
 from dkm_exporters.coreml import CoreMLExporter, CoreMLOptions
 from dkm_exporters.executorch import ExecuTorchExporter, ExecuTorchOptions
-from dkm_exporters.executorch.program import ProgramFile
-from dkm_exporters.executorch.xnnpack import read_graph, replace_graph
 from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 from dkm_runtimes.coreml_reference import CoreMLReferenceRuntime
 from dkm_runtimes.executorch import ExecuTorchRuntime
 from dkm_runtimes.onnx_reference import OnnxReferenceRuntime
 from dkm_runtimes.onnxruntime import OnnxRuntime, OrtRuntime, PackedOnnxRuntime
 from tests.compiler import needs_compiler
-from tests.mlpackages import edit_model, operations
 from tests.networks import palettized
+from tests.spoiling import (
+    Spoil,
+    change_entry,
+    changed,
+    in_onnx,
+    initializer,
+    padding_in_coreml,
+    padding_in_xnnpack,
+    replace_constant,
+)
 from tests.zoo import CASES, TOKENS, lively, palettize
 
 HERE = "runtime_tests.test_localisation"
@@ -102,22 +107,6 @@ def named(artifact: Path, target: str, network: str) -> str:
     return f"{start.removeprefix('first wrong layer: ')}, {count}"
 
 
-def spoil(artifact: Path, palette: Palette) -> None:
-    """Change the LUT entry that most weights use, wherever it is stored."""
-    lut, changed = palette.lut, palette.lut.copy()
-    entry = np.bincount(palette.indices.reshape(palette.layout.groups, -1)[0]).argmax()
-    changed[0, entry] += np.copysign(0.25 * np.abs(lut[0, entry]) + 0.01, lut[0, entry])
-    found = 0
-    for file in files_below(artifact.parent):
-        data = file.read_bytes()
-        for dtype in (np.float16, np.float32):
-            before, after = lut.astype(dtype).tobytes(), changed.astype(dtype).tobytes()
-            found += data.count(before)
-            data = data.replace(before, after)
-        file.write_bytes(data)
-    assert found == 1
-
-
 SLOW_PORTABLE = [
     pytest.param(target, marks=pytest.mark.slow) if target == "portable" else target
     for target in TARGETS
@@ -162,7 +151,7 @@ def test_a_changed_lut_entry(
 ) -> None:
     for layer, before in faults.items():
         artifact = export(target, network)
-        spoil(artifact, model_of(network).palettes[f"{layer}.weight"])
+        change_entry(artifact, model_of(network).palettes[f"{layer}.weight"])
         assert named(artifact, target, network) == f"{layer}, {before}"
 
 
@@ -177,39 +166,11 @@ def test_a_changed_lut_entry(
 def test_a_changed_lut_entry_in_any_layer(target: str, network: str, export: Export) -> None:
     for name, palette in model_of(network).palettes.items():
         artifact = export(target, network)
-        spoil(artifact, palette)
+        change_entry(artifact, palette)
         assert named(artifact, target, network).startswith(f"{name.rpartition('.')[0]}, ")
 
 
-def in_onnx(edit: Callable[[onnx.GraphProto], None]) -> Callable[[Path], None]:
-    def spoiled(artifact: Path) -> None:
-        model = onnx.load(artifact)
-        edit(model.graph)
-        artifact.write_bytes(model.SerializeToString())
-
-    return spoiled
-
-
-def initializer(graph: onnx.GraphProto, name: str) -> onnx.TensorProto:
-    tensor: onnx.TensorProto
-    (tensor,) = [tensor for tensor in graph.initializer if tensor.name == name]
-    return tensor
-
-
-def changed(
-    name: str, change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
-) -> Callable[[Path], None]:
-    """Replace the values of an ONNX initializer."""
-
-    def edit(graph: onnx.GraphProto) -> None:
-        tensor = initializer(graph, name)
-        values = change(numpy_helper.to_array(tensor).copy())
-        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), name))
-
-    return in_onnx(edit)
-
-
-def exchanged(first: str, second: str) -> Callable[[Path], None]:
+def exchanged(first: str, second: str) -> Spoil:
     def edit(graph: onnx.GraphProto) -> None:
         one, other = initializer(graph, first), initializer(graph, second)
         one.raw_data, other.raw_data = other.raw_data, one.raw_data
@@ -231,7 +192,7 @@ def set_operator(before: str, after: str) -> Callable[[onnx.GraphProto], None]:
     return edit
 
 
-ONNX_FAULTS: Mapping[str, tuple[str, Callable[[Path], None], str]] = {
+ONNX_FAULTS: Mapping[str, tuple[str, Spoil, str]] = {
     "bias": ("mobilenet_v3", changed("3.body.6.reduce.bias", lambda x: x + 0.1), "reduce"),
     "no scale": ("mobilenet_v3", changed("4.body.0.weight.scale", np.ones_like), "4.body.0"),
     "padding": ("mobilenet_v3", in_onnx(set_pads), "3.body.3"),
@@ -263,41 +224,20 @@ def test_faults_in_onnx(fault: str, export: Export) -> None:
     assert layer in named(artifact, "onnx", network)
 
 
-def test_another_padding_in_coreml(export: Export) -> None:
-    def edit(spec: Any) -> None:
-        made = {operation.outputs[0].name: operation for operation in operations(spec)}
-        third = [operation for operation in operations(spec) if operation.type == "conv"][2]
-        pad = made[third.inputs["pad"].arguments[0].name].attributes["val"]
-        assert list(pad.immediateValue.tensor.ints.values) == [2, 2, 2, 2]
-        pad.immediateValue.tensor.ints.values[:] = [4, 0, 2, 2]
-
-    artifact = export("coreml", "mobilenet_v3")
-    edit_model(artifact, edit)
-    assert named(artifact, "coreml", "mobilenet_v3") == "3.body.3, 4"
-
-
-def test_another_padding_in_xnnpack(export: Export) -> None:
-    artifact = export("xnnpack-lut", "mobilenet_v3")
-    file = ProgramFile(artifact)
-    processed = file.delegate("forward", 0)
-    graph = read_graph(processed)
-    node = next(n for n in graph["xnodes"] if n["xnode_union_type"] == "XNNDepthwiseConv2d")
-    node["xnode_union"].update(padding_top=4, padding_bottom=0)
-    file.set_delegate("forward", 0, replace_graph(processed, graph))
-    artifact.write_bytes(file.to_bytes())
-    assert named(artifact, "xnnpack-lut", "mobilenet_v3") == "3.body.3, 4"
+@pytest.mark.parametrize(
+    ("target", "spoil"), [("coreml", padding_in_coreml), ("xnnpack-lut", padding_in_xnnpack)]
+)
+def test_another_padding(target: str, spoil: Spoil, export: Export) -> None:
+    artifact = export(target, "mobilenet_v3")
+    spoil(artifact)
+    assert named(artifact, target, "mobilenet_v3") == "3.body.3, 4"
 
 
 @pytest.mark.parametrize("target", SLOW_PORTABLE)
 def test_a_changed_bias(target: str, export: Export) -> None:
     artifact = export(target, "mobilenet_v3")
     bias = model_of("mobilenet_v3").dense["3.body.6.reduce.bias"].numpy()
-    found = 0
-    for file in files_below(artifact.parent):
-        data = file.read_bytes()
-        found += data.count(bias.tobytes())
-        file.write_bytes(data.replace(bias.tobytes(), (bias + np.float32(0.1)).tobytes()))
-    assert found == 1
+    replace_constant(artifact.parent, bias, bias + np.float32(0.1))
     assert named(artifact, target, "mobilenet_v3") == "3.body.6.reduce, 6"
 
 
@@ -306,8 +246,17 @@ def test_half_precision(tmp_path: Path) -> None:
     artifact = CoreMLExporter().lower(model, model.build(), tmp_path, CoreMLOptions())
     runtime = CoreMLReferenceRuntime()
     assert localised(artifact, runtime, model).message.startswith("all 19 layers")
-    spoil(artifact, model.palettes["3.body.0.weight"])
+    change_entry(artifact, model.palettes["3.body.0.weight"])
     assert "layer: 3.body.0 (" in localised(artifact, runtime, model).message
+
+
+def test_a_program_in_half_precision(tmp_path: Path) -> None:
+    model = model_of("mobilenet_v3")
+    options = ExecuTorchOptions(precision="fp16")
+    artifact = EXECUTORCH.lower(model, model.build(), tmp_path, options)
+    assert localised(artifact, RUN_EXECUTORCH, model).message.startswith("all 19 layers")
+    change_entry(artifact, model.palettes["3.body.0.weight"])
+    assert "layer: 3.body.0 (relative" in localised(artifact, RUN_EXECUTORCH, model).message
 
 
 def test_a_program_for_several_batches(tmp_path: Path) -> None:
@@ -315,7 +264,7 @@ def test_a_program_for_several_batches(tmp_path: Path) -> None:
     artifact = EXECUTORCH.lower(
         model, model.build(), tmp_path, ExecuTorchOptions(backend="xnnpack-ptd", max_batch=5)
     )
-    spoil(artifact, model.palettes["hidden.weight"])
+    change_entry(artifact, model.palettes["hidden.weight"])
     assert "layer: hidden (" in localised(artifact, RUN_EXECUTORCH, model).message
 
 
@@ -323,7 +272,7 @@ def test_weights_that_init_decodes(tmp_path: Path) -> None:
     model = palettize("tests.zoo:tokens", TOKENS, LayerRule(bits=3))
     options = ExecuTorchOptions(backend="xnnpack-init")
     artifact = EXECUTORCH.lower(model, model.build(), tmp_path, options)
-    spoil(artifact, model.palettes["hidden.weight"])
+    change_entry(artifact, model.palettes["hidden.weight"])
     assert "layer: hidden (" in localised(artifact, RUN_EXECUTORCH, model).message
 
 
@@ -381,7 +330,7 @@ def test_a_check_localises_what_fails(reference: Reference, export: Export) -> N
     artifact = export("onnx", "mobilenet_v3")
 
     def found(runtime: Runtime) -> list[tuple[str, Status, str]]:
-        report = check_runtime(artifact, runtime, reference)
+        report = check_runtime(artifact, runtime, reference, Gates())
         return [(f.check, f.status, f.message) for f in report.findings]
 
     assert [check for check, _, _ in found(OnnxRuntime())] == ["fidelity", "negative control"]
@@ -391,7 +340,7 @@ def test_a_check_localises_what_fails(reference: Reference, export: Export) -> N
     assert localisation[:2] == ("localisation", Status.FAIL)
     assert localisation[2].startswith("first wrong layer: 3.body.6.reduce (")
     # what cannot be localised is no other verdict
-    report = check_runtime(artifact, Blind(), reference)
+    report = check_runtime(artifact, Blind(), reference, Gates())
     assert report.status is Status.FAIL
     assert report.findings[1] == Finding(
         check="localisation",

@@ -26,7 +26,7 @@ from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
 from dkm_export.spec import CompressionSpec, LayerRule
 from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 from dkm_runtimes.node import OnnxRuntimeNode, OnnxRuntimeWeb
-from dkm_runtimes.node.session import NodeSession
+from dkm_runtimes.onnx_process import OnnxProcess
 from dkm_runtimes.onnx_reference import OnnxReferenceRuntime
 from tests.zoo import IMAGE, TOKENS, lively, palettize
 
@@ -273,7 +273,7 @@ def test_the_evaluator_is_not_trusted_with_grouped_transposed_convolutions(tmp_p
 
 
 def process_of(session: Any) -> subprocess.Popen[bytes]:
-    assert isinstance(session, NodeSession)
+    assert isinstance(session, OnnxProcess)
     return session._child._process
 
 

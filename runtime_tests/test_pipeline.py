@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import jsonschema
 import numpy as np
 import pytest
+import xmlschema
 from safetensors.numpy import load_file
 
 import dkm_models
+from dkm_export.checking.execution import check_runtime
+from dkm_export.checking.gates import Gates
+from dkm_export.checking.reference import make_reference
+from dkm_export.checking.report import report_schema
 from dkm_export.checkpoint import load_checkpoint, save_checkpoint
 from dkm_export.cli.main import main
 from dkm_export.errors import InvalidInput
 from dkm_export.files import files_below
 from dkm_export.palettized import BatchNorm, InputSpec
+from dkm_export.samples import load_samples
 from dkm_export.spec import LayerRule
 from dkm_export.task import Split
 from dkm_exporters.onnx import OnnxExporter
@@ -228,6 +241,150 @@ def test_a_budget_for_the_accuracy(dkm: Dkm, export: Path) -> None:
     assert [finding["check"] for finding in report["reference"]][-1] == "accuracy"
 
 
+def _failures(report: dict[str, Any]) -> list[str]:
+    suites = [report["reference"], *(entry["findings"] for entry in report["artifacts"])]
+    suites += [entry["findings"] for entry in report["runtimes"]]
+    return [
+        finding["message"] for suite in suites for finding in suite if finding["status"] == "fail"
+    ]
+
+
+def test_a_limit_in_a_file_turns_a_check_red(dkm: Dkm, export: Path, tmp_path: Path) -> None:
+    file = export / "onnx" / "digits_cnn.onnx"
+    gates = tmp_path / "gates.toml"
+    gates.write_text("[limits.fp32]\nrelative_l2 = 2e-5\n")
+    code, report = dkm("check", file, "--runtime", "onnxruntime", "--gates", gates)
+    assert (code, _failures(report)) == (0, [])
+    gates.write_text("[limits.fp32]\nrelative_l2 = 1e-12\n")
+    code, report = dkm("check", file, "--runtime", "onnxruntime", "--gates", gates)
+    assert code == 3
+    fidelity, predictions = _failures(report)
+    assert fidelity.startswith("logits: relative L2 ")
+    assert fidelity.endswith(" exceeds 1e-12 (gates.toml)")
+    assert predictions.startswith("over the test split: relative L2 ")
+    (runtime,) = report["runtimes"]
+    assert runtime["limits"] == {
+        "relative_l2": 1e-12,
+        "rtol": 1e-4,
+        "atol": 1e-5,
+        "sqnr_db": 100,
+        "sources": {
+            "relative_l2": "gates.toml",
+            "rtol": "built-in",
+            "atol": "built-in",
+            "sqnr_db": "built-in",
+        },
+    }
+    assert runtime["predictions"]["relative_l2"] > 1e-12
+
+
+def test_a_budget_for_the_bytes(dkm: Dkm, export: Path, tmp_path: Path) -> None:
+    gates = tmp_path / "gates.toml"
+    gates.write_text('require = ["onnxruntime"]\n[max_bytes]\nonnx = 1000\n')
+    only = (export / "onnx" / "digits_cnn.onnx", "--runtime", "onnxruntime", "--no-data")
+    code, report = dkm("check", *only, "--gates", gates)
+    (artifact,) = report["artifacts"]
+    message = f"{artifact['bytes']:,} B, at most 1,000 B (gates.toml)"
+    assert (code, _failures(report)) == (3, [message])
+    assert artifact["max_bytes"] == {"value": 1000, "source": "gates.toml"}
+    # the command line wins, and cannot name what is not there
+    code, report = dkm("check", *only, "--gates", gates, "--max-bytes", "onnx=1MB")
+    assert (code, report["required"]) == (0, ["onnxruntime"])
+    code, report = dkm("check", *only, "--gates", gates, "--max-bytes", "1kB")
+    assert (code, _failures(report)[0].endswith("at most 1,000 B (command line)")) == (3, True)
+    code, report = dkm("check", *only, "--max-bytes", "onyx=1MB")
+    assert (code, report["error"]["message"]) == (
+        2,
+        "command line: max_bytes is set for 'onyx', and the artifacts here are: onnx",
+    )
+
+
+def test_what_a_pipeline_reads(
+    dkm: Dkm, export: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    schema = json.loads(report_schema())
+    junit, summary = tmp_path / "new" / "junit.xml", tmp_path / "new" / "summary.md"
+    outputs = ("--junit", junit, "--summary", summary)
+    code, report = dkm("check", export, "--no-data", *outputs)
+    assert code == 0
+    jsonschema.validate(report, schema)
+    manifest = json.loads((export / "manifest.json").read_text())
+    assert [artifact["files"] for artifact in report["artifacts"]] == [
+        artifact["files"] for artifact in manifest["artifacts"]
+    ]
+    valid = xmlschema.XMLSchema(Path(__file__).parents[1] / "tests" / "data" / "junit.xsd")
+    valid.validate(str(junit))
+    before = summary.read_text()
+    assert before.startswith("## digits\\_cnn: passed\n")
+    # a failed gate writes its reports too, and a summary is added to the one that is there
+    only = (export / "onnx" / "digits_cnn.onnx", "--runtime", "onnxruntime", "--no-data", "--force")
+    code, report = dkm("check", *only, *outputs, "--max-bytes", "1kB")
+    assert code == 3
+    jsonschema.validate(report, schema)
+    valid.validate(str(junit))
+    assert summary.read_text().startswith(before)
+    assert summary.read_text().count("## digits\\_cnn: ") == 2
+    assert "## digits\\_cnn: failed (exit code 3)" in summary.read_text()
+    for form, start in (
+        ("github", f"::error file={only[0]},title=dkm%3A onnx file%3A size::fail: "),
+        ("xcode", f"{only[0]}: error: onnx file: size: fail: "),
+    ):
+        command = ["check", *map(str, only), "--max-bytes", "1kB", "--format", form]
+        assert main(command) == 3
+        first, *others = capfd.readouterr().out.splitlines()
+        assert first.startswith(start)
+        assert all("error" not in line.split(":")[:3] for line in others)
+    code, report = dkm("check", *only, "--summary", export / "summary.md")
+    assert (code, "lies in an export: name a file outside" in report["error"]["message"]) == (
+        2,
+        True,
+    )
+
+
+@pytest.mark.slow
+def test_the_pipelines_of_the_documentation(export: Path, tmp_path: Path) -> None:
+    pipelines = Path(__file__).parents[1] / "docs" / "pipelines"
+    shutil.copytree(export, tmp_path / "model")
+    place = Path(sys.executable).parent
+    variables = {
+        "PATH": f"{place}{os.pathsep}{os.environ['PATH']}",
+        "DKM": place / "dkm",
+        "SRCROOT": tmp_path,
+        "DERIVED_FILE_DIR": tmp_path / "derived",
+        "GITHUB_STEP_SUMMARY": tmp_path / "summary.md",
+    }
+    environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    block = re.search(r"run: >-\n((?: {10}.*\n)+)", (pipelines / "github.yml").read_text())
+    assert block
+    workflow = ("bash", "-e", "-c", " ".join(block[1].split()))
+    gates = tmp_path / "gates.toml"
+    for command, junit, line in (
+        (workflow, tmp_path / "dkm.xml", "::error file="),
+        ((pipelines / "xcode.sh",), tmp_path / "derived" / "dkm.xml", f"{tmp_path}/model/onnx/"),
+    ):
+        for text, code in (('require = ["onnxruntime"]', 0), ("max_bytes = { onnx = 9 }", 3)):
+            gates.write_text(text)
+            junit.unlink(missing_ok=True)
+            done = subprocess.run(
+                command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == code, done.stderr
+            assert ElementTree.parse(junit).getroot().tag == "testsuites"
+        assert done.stdout.startswith(line)
+        assert "9 B (gates.toml)" in done.stdout.splitlines()[0]
+    assert (tmp_path / "summary.md").read_text().count("## digits\\_cnn: ") == 2
+
+
+def test_device_tests_hold_the_limits_of_the_file(dkm: Dkm, export: Path, tmp_path: Path) -> None:
+    gates, folder = tmp_path / "gates.toml", tmp_path / "tests"
+    gates.write_text("[limits.fp16]\nsqnr_db = 30\n")
+    package = export / "coreml" / "digits_cnn.mlpackage"
+    options = ("--gates", gates, "--device-test", folder, "--no-data")
+    assert dkm("check", package, *options)[0] == 0
+    layout = json.loads((folder / "coreml" / "DigitsCnnSamples.json").read_text())
+    assert (layout["limits"]["sqnrDB"], layout["limits"]["rtol"]) == (30, 0.01)
+
+
 def test_a_manifest_that_describes_something_else(dkm: Dkm, copy: Path) -> None:
     file = copy / "manifest.json"
     manifest = json.loads(file.read_text())
@@ -296,6 +453,32 @@ def test_mobilenet_at_full_size(dkm: Dkm, tmp_path: Path) -> None:
     assert report["fp32_bytes"] > 16.9e6
     for artifact in report["artifacts"]:
         assert artifact["bytes"] <= 1.15e6
+
+
+class Hurried(OnnxRuntime):
+    """Has time for one batch of the test split."""
+
+    test_seconds = 0
+
+
+def test_a_test_split_that_takes_too_long_is_said_to_be_cut_short(export: Path) -> None:
+    model = load_checkpoint(export / "model.dkm.safetensors")
+    samples = load_samples(export / "samples.safetensors", model.source)
+    reference = make_reference(model, samples, {})
+    assert reference.test_outputs is not None
+    shifted = replace(reference, test_outputs=reference.test_outputs + 1)
+    artifact = export / "onnx" / "digits_cnn.onnx"
+    found = {}
+    for name, expected in (("right", reference), ("wrong", shifted)):
+        report = check_runtime(artifact, Hurried(), expected, Gates())
+        assert report.metric is None
+        assert report.version == f"onnxruntime {metadata.version('onnxruntime')}"
+        found[name] = next(entry for entry in report.findings if entry.check == "predictions")
+    part = "the first 1 of 360 test inputs"
+    assert found["right"].message == f"0 of {part} differ, 0 more within a tie"
+    assert found["right"].status == "pass"
+    assert found["wrong"].message.startswith(f"over {part}: relative L2 ")
+    assert found["wrong"].status == "fail"
 
 
 class Elsewhere(Digits):

@@ -85,10 +85,13 @@ def _report(status: Status, ran: Status = Status.PASS, **values: object) -> Repo
     fields: dict[str, object] = {
         "name": "a",
         "versions": {},
+        "checked_with": {},
+        "machine": "here",
         "checkpoint_sha256": "",
         "fp32_bytes": 1,
         "metric_name": None,
         "metrics": {},
+        "max_drop": None,
         "reference": (),
         "artifacts": (artifact,),
         "runtimes": (runtime,),

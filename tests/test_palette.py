@@ -97,7 +97,7 @@ def test_difference_names_what_differs() -> None:
     swapped = zeros.copy()
     swapped[0, 0] = 3
     found = palette.difference(Palette(2, layout, lut, swapped))
-    assert found == "1 of 8 indices entries differ"
+    assert found == "1 of 8 indices differ"
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,20 @@ on the task's metric: a budget.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+import torch
+
+from dkm_export import __version__
+from dkm_export.checking.bridge import connect
 from dkm_export.checking.execution import check_runtime, not_run
-from dkm_export.checking.metrics import LIMITS, compare, sensitivity, violations
+from dkm_export.checking.gates import ALL, Gates, Threshold
+from dkm_export.checking.metrics import Limits, compare, sensitivity, violations
 from dkm_export.checking.reference import Reference, make_reference
 from dkm_export.checking.report import Finding, Report, failed, passed
 from dkm_export.checking.runtime import NumericClass, Runtime
@@ -36,7 +43,9 @@ def check(
     *,
     runtimes: Sequence[str] = (),
     required: Sequence[str] = (),
-    max_drop: float | None = None,
+    devices: Sequence[str] = (),
+    device_runner: Path | None = None,
+    gates: Gates = Gates(),  # noqa: B008 it is frozen
     data: Mapping[str, Any] | None = MappingProxyType({}),
     progress: Callable[[str], None] = lambda message: None,
     verbose: bool = False,
@@ -48,7 +57,10 @@ def check(
         runtimes: names of the runtimes to use; by default all that fit the artifacts, of which
             those that are `only_named` do not run.
         required: runtimes that must run, or the report's exit code says so.
-        max_drop: how far the task's metric may fall below the uncompressed model's.
+        devices: addresses of devices, ``adb`` or ``adb:SERIAL``, on which the artifacts that they
+            can run must run too.
+        device_runner: program for these devices that runs artifacts there.
+        gates: the thresholds, by default the built-in limits and no others.
         data: arguments of the task that are others here than when the model was trained, such as
             where its data are; None checks without the task and its metric.
         progress: called with a line before each step that takes a while.
@@ -56,10 +68,16 @@ def check(
 
     Raises:
         InvalidInput: when there is no export at ``path``, its checkpoint or samples are malformed,
-            or a runtime's name is unknown or fits no artifact.
+            or the name of a runtime, a device or a gate's target is unknown or fits no artifact.
+        Unsupported: when there is no device, or nothing here that reaches one.
     """
     root, manifest, artifacts = locate(path)
+    _require_targets(gates, artifacts)
     chosen = choose(artifacts, runtimes, required)
+    connected = connect(devices, device_runner)
+    _require_fitting(artifacts, connected)
+    chosen += connected
+    required = (*required, *(device.name for device in connected))
     progress("pytorch: reference")
     model = load_checkpoint(root / manifest.checkpoint.path)
     samples = load_samples(root / manifest.samples.path, model.source)
@@ -67,17 +85,18 @@ def check(
     findings = [
         check_hashes(root, (manifest.checkpoint, manifest.samples)),
         check_contents(manifest, model),
-        _check_samples(reference),
+        _check_samples(reference, gates.limits[NumericClass.FP32]),
     ]
-    if max_drop is not None:
-        findings.append(_check_drop(reference, max_drop))
+    if gates.max_drop is not None:
+        findings.append(_check_drop(reference, gates.max_drop))
     structures, runs = [], []
     exporters: dict[str, Exporter[Any]] = discover(EXPORTERS)
     for artifact in artifacts:
         progress(f"{artifact.target}: structure")
         (exporter,) = select(exporters, [artifact.target], "target")
         with quiet(enabled=not verbose):
-            structures.append(check_artifact(root, artifact, exporter, model))
+            size = gates.size_limit(artifact.target)
+            structures.append(check_artifact(root, artifact, exporter, model, size))
         for runtime in (runtime for runtime in chosen if runtime.target == artifact.target):
             if runtime.only_named and runtime.name not in (*runtimes, *required):
                 runs.append(
@@ -87,14 +106,17 @@ def check(
             if not runtime.unavailable():
                 progress(f"{runtime.name}: {runtime.where}")
             with quiet(enabled=not verbose):
-                runs.append(check_runtime(root / artifact.path, runtime, reference))
+                runs.append(check_runtime(root / artifact.path, runtime, reference, gates))
     return Report(
         name=model.source.name,
         versions={"dkm-export": manifest.tool_version} | manifest.dependencies,
+        checked_with=_versions(),
+        machine=f"{platform.system()} {platform.machine()}",
         checkpoint_sha256=sha256(root / manifest.checkpoint.path),
         fp32_bytes=model.fp32_bytes,
         metric_name=reference.task.metric_name if reference.task else None,
         metrics=reference.metrics,
+        max_drop=gates.max_drop,
         reference=tuple(findings),
         artifacts=tuple(structures),
         runtimes=tuple(runs),
@@ -132,15 +154,19 @@ def choose(
         InvalidInput: when a name is unknown or its runtime fits no artifact.
     """
     known: dict[str, Runtime] = discover(RUNTIMES)
-    targets = [artifact.target for artifact in artifacts]
     named: list[Runtime] = select(known, [*runtimes, *required], "runtime")
-    for runtime in named:
+    _require_fitting(artifacts, named)
+    return named if runtimes else list(known.values())
+
+
+def _require_fitting(artifacts: Sequence[Artifact], runtimes: Sequence[Runtime]) -> None:
+    targets = [artifact.target for artifact in artifacts]
+    for runtime in runtimes:
         if runtime.target not in targets:
             raise InvalidInput(
                 f"runtime '{runtime.name}' runs {runtime.target} artifacts, "
                 f"and here are only: {', '.join(targets)}"
             )
-    return named if runtimes else list(known.values())
 
 
 def _selected(artifacts: Sequence[Artifact], chosen: Sequence[Runtime] | None) -> Iterator[str]:
@@ -150,9 +176,28 @@ def _selected(artifacts: Sequence[Artifact], chosen: Sequence[Runtime] | None) -
             yield artifact.target
 
 
-def _check_samples(reference: Reference) -> Finding:
+def _versions() -> dict[str, str]:
+    return {
+        "dkm-export": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _require_targets(gates: Gates, artifacts: Sequence[Artifact]) -> None:
+    """A gate that has nothing to look at would pass unseen."""
+    targets = [artifact.target for artifact in artifacts]
+    for target, limit in gates.max_bytes.items():
+        if target not in (ALL, *targets):
+            raise InvalidInput(
+                f"{limit.source}: max_bytes is set for '{target}', "
+                f"and the artifacts here are: {', '.join(targets)}"
+            )
+
+
+def _check_samples(reference: Reference, limits: Limits) -> Finding:
     """The samples are what this checkpoint computes, and can tell right from wrong."""
-    limits = LIMITS[NumericClass.FP32]
     shipped = [tensor.numpy() for tensor in reference.samples.outputs]
     names = reference.model.source.outputs
     for name, theirs, ours in zip(names, shipped, reference.outputs, strict=True):
@@ -167,14 +212,20 @@ def _check_samples(reference: Reference) -> Finding:
                 "samples",
                 f"{name}: only {share:.1%} of the output depends on the input, at least "
                 f"{_LEAST_SENSITIVITY:.0%} is needed to tell right from wrong: "
-                "use trained or well-scaled weights",
+                "use trained or well-scaled weights, and samples that differ",
             )
     return passed("samples", f"{len(reference.samples)} samples, reproduced by the checkpoint")
 
 
-def _check_drop(reference: Reference, max_drop: float) -> Finding:
+def _check_drop(reference: Reference, limit: Threshold) -> Finding:
     fp32, hard = (reference.metrics.get(name) for name in ("fp32", "hard"))
     if fp32 is None or hard is None:
-        raise InvalidInput("--max-drop needs a checkpoint compressed with a task, and its data")
-    message = f"{hard:.2f} after compression, {fp32:.2f} before, may fall by {max_drop:g}"
-    return (passed if fp32 - hard <= max_drop else failed)("accuracy", message)
+        raise InvalidInput(
+            f"{limit.source}: a largest drop needs a checkpoint compressed with a task, and its "
+            "data"
+        )
+    message = (
+        f"{hard:.2f} after compression, {fp32:.2f} before, "
+        f"may fall by {limit.value:g} ({limit.source})"
+    )
+    return (passed if fp32 - hard <= limit.value else failed)("accuracy", message)

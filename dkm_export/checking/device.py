@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dkm_export import __version__
 from dkm_export.checking.check import choose, locate
+from dkm_export.checking.metrics import LIMITS, Limits
+from dkm_export.checking.runtime import NumericClass
 from dkm_export.checkpoint import load_checkpoint
 from dkm_export.errors import Unsupported
 from dkm_export.files import DEVICE_TEST, staged
@@ -15,12 +17,17 @@ from dkm_export.quiet import quiet
 from dkm_export.samples import load_samples
 
 
-def make_device_tests(path: Path, runtimes: Sequence[str] = ()) -> dict[str, bytes]:
+def make_device_tests(
+    path: Path,
+    runtimes: Sequence[str] = (),
+    limits: Mapping[NumericClass, Limits] = LIMITS,
+) -> dict[str, bytes]:
     """A test with samples, PyTorch's outputs and limits for each target that has one.
 
     Args:
         path: the folder of `dkm export`, or an artifact in it.
         runtimes: names of the runtimes to ask; all that fit the artifacts by default.
+        limits: that the device is held to, by numeric class.
 
     Returns:
         Contents by path: ``<target>/<file>``, and what they belong to in ``device_test.json``.
@@ -40,7 +47,7 @@ def make_device_tests(path: Path, runtimes: Sequence[str] = ()) -> dict[str, byt
     for runtime in choose(artifacts, runtimes, ()):
         if runtime.target in paths:
             with quiet():
-                files = runtime.device_test(paths[runtime.target], inputs, outputs)
+                files = runtime.device_test(paths[runtime.target], inputs, outputs, limits)
             contents.update({f"{runtime.target}/{name}": files[name] for name in files})
     if not contents:
         raise Unsupported(f"no runtime in use writes a device test for {', '.join(paths)}")

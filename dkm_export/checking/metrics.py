@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, FiniteFloat, WithJsonSchema
 
 from dkm_export.checking.runtime import NumericClass
 from dkm_export.spec import Frozen
 
 FloatArray = npt.NDArray[np.float64]
+NotNegative = Annotated[FiniteFloat, Field(ge=0, strict=True)]
+# JSON has no infinity: pydantic writes null
+Measured = Annotated[float, WithJsonSchema({"type": ["number", "null"]}, mode="serialization")]
+
+BUILT_IN = "built-in"
 
 
 class Limits(Frozen):
@@ -22,12 +28,16 @@ class Limits(Frozen):
         rtol: allowed error of an element, relative to its reference.
         atol: added to that, relative to the largest reference of the output or row.
         sqnr_db: least signal to error ratio, in dB.
+        sources: what set each of them: ``built-in``, or the name of a file.
     """
 
-    relative_l2: float
-    rtol: float
-    atol: float
-    sqnr_db: float
+    relative_l2: NotNegative
+    rtol: NotNegative
+    atol: NotNegative
+    sqnr_db: FiniteFloat
+    sources: dict[str, str] = Field(
+        default_factory=lambda: dict.fromkeys(("relative_l2", "rtol", "atol", "sqnr_db"), BUILT_IN)
+    )
 
     def tolerance(self, reference: FloatArray, axis: int | None = None) -> FloatArray:
         """Largest allowed absolute error of each element; the largest is taken along ``axis``."""
@@ -36,6 +46,11 @@ class Limits(Frozen):
             self.atol * magnitude.max(axis, keepdims=True, initial=0.0) + self.rtol * magnitude
         )
         return allowed
+
+    def set_by(self, *names: str) -> str:
+        """Where these limits come from, in brackets, unless they are the built-in ones."""
+        sources = sorted({self.sources[name] for name in names} - {BUILT_IN})
+        return f" ({', '.join(sources)})" if sources else ""
 
 
 LIMITS = {
@@ -59,8 +74,8 @@ class Fidelity(Frozen):
         nonfinite: elements that are NaN or infinite, here or in the reference.
     """
 
-    max_abs: float
-    relative_l2: float
+    max_abs: Measured
+    relative_l2: Measured
     sqnr_db: float | None
     cosine: float
     outside: int
@@ -100,14 +115,21 @@ def violations(fidelity: Fidelity, limits: Limits) -> list[str]:
     if fidelity.nonfinite:
         found.append(f"{fidelity.nonfinite} elements are NaN or infinite")
     if not fidelity.relative_l2 <= limits.relative_l2:
-        found.append(f"relative L2 {fidelity.relative_l2:.2e} exceeds {limits.relative_l2:.0e}")
+        found.append(
+            f"relative L2 {fidelity.relative_l2:.2e} exceeds {limits.relative_l2:g}"
+            + limits.set_by("relative_l2")
+        )
     if fidelity.outside:
         found.append(
             f"{fidelity.outside} elements differ by more than "
-            f"{limits.rtol:.0e} relative + {limits.atol:.0e} of the largest"
+            f"{limits.rtol:g} relative + {limits.atol:g} of the largest"
+            + limits.set_by("rtol", "atol")
         )
     if fidelity.sqnr_db is not None and not fidelity.sqnr_db >= limits.sqnr_db:
-        found.append(f"SQNR {fidelity.sqnr_db:.1f} dB is below {limits.sqnr_db:.0f} dB")
+        found.append(
+            f"SQNR {fidelity.sqnr_db:.1f} dB is below {limits.sqnr_db:g} dB"
+            + limits.set_by("sqnr_db")
+        )
     return found
 
 

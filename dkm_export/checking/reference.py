@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from dkm_export.task import Task, metric_of
 Outputs = Sequence[npt.NDArray[Any]]
 """The model's outputs in order, each stacked over samples."""
 
+Changed = Literal["LUT entry", "index", "bias"]
+"""What a negative control changes in one place of a layer."""
+
 
 @dataclass(frozen=True, eq=False)
 class Reference:
@@ -29,7 +32,8 @@ class Reference:
         model: the checkpoint.
         samples: inputs and outputs that were exported with the artifacts.
         outputs: what the checkpoint computes for the samples' inputs now.
-        controls: by layer, what it would compute for the first sample with one LUT entry changed.
+        controls: what it would compute for the first sample with something changed in one place,
+            by what that is, and by parameter.
         task: the task, or None.
         test_outputs: the first output over the task's test split, or None.
         metrics: the task's metric: ``fp32`` as recorded, ``hard`` measured now.
@@ -38,7 +42,7 @@ class Reference:
     model: PalettizedModel
     samples: Samples
     outputs: Outputs
-    controls: Mapping[str, Outputs]
+    controls: Mapping[Changed, Mapping[str, Outputs]]
     task: Task | None
     test_outputs: npt.NDArray[Any] | None
     metrics: dict[str, float]
@@ -90,18 +94,38 @@ def _run(
 
 def _run_controls(
     module: nn.Module, model: PalettizedModel, sample: Mapping[str, Tensor]
-) -> dict[str, Outputs]:
-    controls = {}
+) -> dict[Changed, dict[str, Outputs]]:
+    controls: dict[Changed, dict[str, Outputs]] = {"LUT entry": {}, "index": {}, "bias": {}}
+    biases = {name for name, _ in module.named_parameters()}
+
+    def control(changed: Changed, name: str, values: Tensor) -> None:
+        parameter = module.get_parameter(name)
+        right = parameter.data
+        parameter.data = values
+        controls[changed][name] = _run(module, model, [sample])
+        parameter.data = right
+
     for name, palette in model.palettes.items():
-        weight = module.get_parameter(name)
-        right = weight.data
-        weight.data = torch.from_numpy(_changed(palette).dense())
-        controls[name] = _run(module, model, [sample])
-        weight.data = right
+        control("LUT entry", name, torch.from_numpy(_with_entry_changed(palette).dense()))
+        control("index", name, torch.from_numpy(_with_index_changed(palette).dense()))
+        bias = f"{name.rpartition('.')[0]}.bias"
+        if bias in biases:
+            values = module.get_parameter(bias).data.clone()
+            values.view(-1)[0] += values.abs().max().clamp(min=0.1)
+            control("bias", bias, values)
     return controls
 
 
-def _changed(palette: Palette) -> Palette:
+def _with_index_changed(palette: Palette) -> Palette:
+    """Let the first vector be the entry that is farthest from its own."""
+    entries = palette.lut[0].astype(np.float32)
+    indices = palette.indices.copy()
+    distances = np.abs(entries - entries[indices.flat[0]]).sum(1)
+    indices.flat[0] = distances.argmax()
+    return replace(palette, indices=indices)
+
+
+def _with_entry_changed(palette: Palette) -> Palette:
     """Move the entry that most weights use by half of the largest, towards zero.
 
     Away from zero it could leave the range of float16.

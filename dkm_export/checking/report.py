@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, computed_field
 
-from dkm_export.checking.metrics import Fidelity, Limits
+from dkm_export.checking.gates import Threshold
+from dkm_export.checking.metrics import Fidelity, Limits, Measured
 from dkm_export.errors import ExitCode
+from dkm_export.manifest import FileEntry
 from dkm_export.spec import Frozen
 
 
@@ -25,6 +27,7 @@ class Status(StrEnum):
 
 Check = Literal[
     "structure",
+    "size",
     "samples",
     "accuracy",
     "fidelity",
@@ -57,12 +60,17 @@ class ArtifactReport(Frozen):
     """Structure of one artifact: file hashes, and every palette against the checkpoint.
 
     Attributes:
+        bytes: of all its files together.
+        max_bytes: the most that they may be, or None.
+        files: sizes and hashes as they are now.
         notes: what an app's developers should know of it; nothing that passes or fails.
     """
 
     target: str
     path: str
     bytes: int
+    max_bytes: Threshold | None = None
+    files: tuple[FileEntry, ...] = ()
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
 
@@ -75,18 +83,25 @@ class RuntimeReport(Frozen):
         numeric_class: decides ``limits``; None when nothing ran.
         limits: the limits of checks.
         fidelity: of each output over all samples, by output name.
-        metric: the task's metric over its whole test split, or None without a task.
+        predictions: fidelity of the first output over the task's test split, or over as much of it
+            as there was time for.
+        metric: the task's metric over its whole test split, or None without a task, or where the
+            runtime is too slow for the whole.
+        version: what computed, with its version; None when nothing ran.
     """
 
     runtime: str
     target: str
     where: str
+    version: str | None = None
     findings: tuple[Finding, ...]
     numeric_class: str | None = None
     limits: Limits | None = None
     fidelity: dict[str, Fidelity] = Field(default_factory=dict)
+    predictions: Fidelity | None = None
     metric: float | None = None
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def status(self) -> Status:
         """The worst of the findings."""
@@ -98,11 +113,14 @@ class Report(Frozen):
 
     Attributes:
         versions: of this tool and the packages that the artifacts were made with.
+        checked_with: versions of this tool and the packages that checked them.
+        machine: operating system and processor that the check ran on.
         checkpoint_sha256: of the checkpoint beside the artifacts, as it is now.
         reference: checks of the PyTorch reference itself.
         metric_name: what the task measures.
         metrics: the task's metric in PyTorch: ``fp32`` as recorded when the model was compressed,
             ``hard`` measured now.
+        max_drop: how far ``hard`` may be below ``fp32``, or None.
         required: runtimes that have to run.
         selected: targets whose artifact has to run on at least one runtime.
     """
@@ -110,10 +128,13 @@ class Report(Frozen):
     schema_version: Literal[1] = 1
     name: str
     versions: dict[str, str]
+    checked_with: dict[str, str]
+    machine: str
     checkpoint_sha256: str
     fp32_bytes: int
     metric_name: str | None
-    metrics: dict[str, float]
+    metrics: dict[str, Measured]
+    max_drop: Threshold | None
     reference: tuple[Finding, ...]
     artifacts: tuple[ArtifactReport, ...]
     runtimes: tuple[RuntimeReport, ...]
@@ -130,22 +151,31 @@ class Report(Frozen):
         ]
 
     @property
-    def missing(self) -> list[str]:
-        """Required runtimes that did not run, and artifacts that were not read or not run."""
-        ran = [runtime for runtime in self.runtimes if runtime.status is not Status.NOT_RUN]
-        runtimes, targets = {r.runtime for r in ran}, {r.target for r in ran}
-        missing = [f"runtime {name} did not run" for name in self.required if name not in runtimes]
-        missing += [
+    def idle(self) -> list[str]:
+        """Required runtimes that did not run."""
+        ran = {r.runtime for r in self.runtimes if r.status is not Status.NOT_RUN}
+        return [name for name in self.required if name not in ran]
+
+    @property
+    def unchecked(self) -> list[str]:
+        """What was not done of artifacts: not read, or not run on any runtime."""
+        ran = {r.target for r in self.runtimes if r.status is not Status.NOT_RUN}
+        unread = [
             f"the palettes of the {artifact.target} artifact were not read"
             for artifact in self.artifacts
             if worst(artifact.findings) is Status.NOT_RUN
         ]
-        return missing + [
-            f"no runtime ran the {target} artifact"
-            for target in self.selected
-            if target not in targets
+        return unread + [
+            f"no runtime ran the {target} artifact" for target in self.selected if target not in ran
         ]
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def missing(self) -> list[str]:
+        """Required runtimes that did not run, and artifacts that were not read or not run."""
+        return [f"runtime {name} did not run" for name in self.idle] + self.unchecked
+
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def exit_code(self) -> ExitCode:
         """3 when anything failed, 4 when something that has to run did not, else 0."""
@@ -158,9 +188,27 @@ class Report(Frozen):
         """The report as plain JSON values, with the statuses that follow from it."""
         # by way of text, where pydantic writes null for the infinite error of a NaN
         data: dict[str, Any] = json.loads(self.model_dump_json())
-        for entry, runtime in zip(data["runtimes"], self.runtimes, strict=True):
-            entry["status"] = runtime.status.value
-        return data | {"exit_code": int(self.exit_code), "missing": self.missing}
+        return data
+
+
+def report_schema() -> str:
+    """What `Report.to_json` gives, as a JSON Schema; ``report.schema.json`` beside this file."""
+    schema = Report.model_json_schema(mode="serialization")
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps(dialect | schema, indent=2) + "\n"
+
+
+def merged(runtimes: Sequence[RuntimeReport]) -> list[RuntimeReport]:
+    """One report for runtimes of a target that did not run for the same reason, with all names."""
+    groups: dict[object, list[RuntimeReport]] = {}
+    for runtime in runtimes:
+        idle = runtime.status is Status.NOT_RUN
+        key = (runtime.target, runtime.findings) if idle else runtime.runtime
+        groups.setdefault(key, []).append(runtime)
+    return [
+        group[0].model_copy(update={"runtime": ", ".join(runtime.runtime for runtime in group)})
+        for group in groups.values()
+    ]
 
 
 def worst(findings: Sequence[Finding]) -> Status:

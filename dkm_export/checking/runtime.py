@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy.typing as npt
 
 from dkm_export.checking.installation import Installation
 from dkm_export.errors import Unsupported
 from dkm_export.plugins import missing_packages
+
+if TYPE_CHECKING:
+    from dkm_export.checking.metrics import Limits
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -44,7 +49,9 @@ class Session(ABC):
 
 
 class Runtime(ABC):
-    """Executes artifacts. A subclass takes no arguments and imports its packages in its methods.
+    """Executes artifacts. A subclass imports its packages in its methods.
+
+    One that an entry point names takes no arguments; a `Bridge` makes others of devices.
 
     Attributes:
         name: name on the command line and in reports.
@@ -53,17 +60,30 @@ class Runtime(ABC):
             ``interpreted with torch on CPU``.
         packages: importable packages that it needs, from the target's extra.
         only_named: why a check runs it only when it is named, or None for one that always runs.
+        test_seconds: how long it may compute on the task's test split; the inputs that are left
+            then are left out, and the report says so. None for no end.
     """
 
-    name: ClassVar[str]
+    name: str
     target: ClassVar[str]
-    where: ClassVar[str]
+    where: str
     packages: ClassVar[tuple[str, ...]]
     only_named: ClassVar[str | None] = None
+    test_seconds: ClassVar[float | None] = None
 
     def unavailable(self) -> str | None:
         """Why this runtime cannot run here, or None."""
         return missing_packages(self.packages, self.target)
+
+    def reported_version(self) -> str | None:
+        """What computes, with its version, for reports: ``onnxruntime 1.30.0``; None if unknown.
+
+        It is asked of a runtime that can run here. The first of `packages` is what computes.
+        """
+        for package in self.packages[:1]:
+            with suppress(metadata.PackageNotFoundError):
+                return f"{package} {metadata.version(package)}"
+        return None
 
     @abstractmethod
     def load(self, artifact: Path) -> Session:
@@ -95,7 +115,13 @@ class Runtime(ABC):
         """
         raise Unsupported(f"{self.name} shows outputs only")
 
-    def device_test(self, artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[str, bytes]:
+    def device_test(
+        self,
+        artifact: Path,
+        inputs: Arrays,
+        outputs: Arrays,
+        limits: Mapping[NumericClass, Limits],
+    ) -> dict[str, bytes]:
         """A test for an app's own tests, which does on the device what `dkm check` does here.
 
         It runs where this runtime may not: nothing is asked of `unavailable`.
@@ -104,6 +130,7 @@ class Runtime(ABC):
             artifact: the file or folder that the app holds.
             inputs: samples by name of the input, ``[samples, *shape]`` as the model's source says.
             outputs: what PyTorch computes for them by name of the output, ``[samples, *shape]``.
+            limits: by numeric class; the test takes those of the artifact's.
 
         Returns:
             Contents by name of the file; none for a runtime that writes no test.
@@ -134,6 +161,10 @@ class InstallableRuntime(Runtime):
         """Why this runtime cannot run here, or None."""
         problem = self.installation.problem()
         return f"{problem}: dkm runtimes install {self.name}" if problem else super().unavailable()
+
+    def reported_version(self) -> str | None:
+        """What was downloaded."""
+        return f"{self.name} {self.version}"
 
     def install(self, progress: Callable[[str], None]) -> None:
         """Download the files, unless they are there and whole.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dkm_export.checking.gates import Threshold
 from dkm_export.checking.report import ArtifactReport, Finding, Status, failed, passed, worst
 from dkm_export.errors import DkmError
 from dkm_export.exporting.export import palette_problems
@@ -36,27 +37,42 @@ def check_contents(manifest: Manifest, model: PalettizedModel) -> Finding:
 
 
 def check_artifact(
-    root: Path, artifact: Artifact, exporter: Exporter[Any], model: PalettizedModel
+    root: Path,
+    artifact: Artifact,
+    exporter: Exporter[Any],
+    model: PalettizedModel,
+    max_bytes: Threshold | None,
 ) -> ArtifactReport:
-    """The files are those of the manifest, and every palette in them is the checkpoint's."""
+    """The files are those of the manifest, every palette in them is the checkpoint's, no excess."""
     path = root / artifact.path
     files = exporter.files(path) if path.exists() else []
-    findings = (*_check_files(root, artifact, files), *_check_palettes(path, exporter, model))
+    entries = tuple(FileEntry.of(file, root) for file in files)
+    size = sum(entry.bytes for entry in entries)
+    findings = [*_check_files(root, artifact, entries), *_check_palettes(path, exporter, model)]
+    notes = tuple(exporter.notes(path)) if worst(findings) is Status.PASS else ()
+    if max_bytes is not None:
+        findings.append(_check_size(size, max_bytes))
     return ArtifactReport(
         target=artifact.target,
         path=artifact.path,
-        bytes=sum(file.stat().st_size for file in files),
-        findings=findings,
-        notes=tuple(exporter.notes(path)) if worst(findings) is Status.PASS else (),
+        bytes=size,
+        max_bytes=max_bytes,
+        files=entries,
+        findings=tuple(findings),
+        notes=notes,
     )
 
 
-def _check_files(root: Path, artifact: Artifact, files: Sequence[Path]) -> Iterator[Finding]:
+def _check_size(size: int, limit: Threshold) -> Finding:
+    message = f"{size:,} B, at most {limit.value:,.0f} B ({limit.source})"
+    return (passed if size <= limit.value else failed)("size", message)
+
+
+def _check_files(root: Path, artifact: Artifact, files: Sequence[FileEntry]) -> Iterator[Finding]:
     listed = {entry.path for entry in artifact.files}
     for file in files:
-        name = file.relative_to(root).as_posix()
-        if name not in listed:
-            yield failed("structure", f"{name} is not in the manifest")
+        if file.path not in listed:
+            yield failed("structure", f"{file.path} is not in the manifest")
     yield check_hashes(root, artifact.files)
 
 

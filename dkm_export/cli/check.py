@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dkm_export.cli.data import add_data_arguments, task_data
 from dkm_export.cli.terminal import Terminal, ratio
-from dkm_export.errors import ExitCode, InvalidInput
+from dkm_export.errors import DkmError, ExitCode, InvalidInput
 
 if TYPE_CHECKING:
-    from dkm_export.checking.report import Report, RuntimeReport
+    from dkm_export.checking.gates import GateSettings
+    from dkm_export.checking.report import Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +28,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--require", action="append", default=[], metavar="R[,R]", help="exit 4 unless these run"
     )
     parser.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        metavar="D[:ADDRESS]",
+        help="run on this device too, and exit 4 unless it ran: adb for the only Android device, "
+        "or adb:SERIAL; may be given several times",
+    )
+    parser.add_argument(
+        "--device-runner",
+        type=Path,
+        metavar="FILE",
+        help="the program that runs artifacts there, built for these devices, such as dkm_runner",
+    )
+    parser.add_argument(
+        "--max-bytes",
+        action="append",
+        default=[],
+        metavar="[TARGET=]SIZE",
+        help="fail when an artifact is larger: 3.3MB, or onnx=800kB for one target",
+    )
+    parser.add_argument(
         "--max-drop",
         type=float,
         metavar="POINTS",
         help="fail when the task's metric fell by more during compression",
     )
+    parser.add_argument(
+        "--gates",
+        type=Path,
+        metavar="FILE",
+        help="a TOML file of limits, max_bytes, max_drop and require; options win over it, and "
+        "--require adds to it",
+    )
     add_data_arguments(parser)
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit XML report")
+    parser.add_argument(
+        "--summary",
+        type=Path,
+        metavar="FILE",
+        help="append a Markdown report, as to the file that $GITHUB_STEP_SUMMARY names",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("text", "github", "xcode"),
+        default="text",
+        help="what to print: tables, workflow commands of GitHub, or diagnostics of Xcode",
+    )
+    parser.add_argument(
+        "--schema", action=_PrintSchema, help="print the JSON Schema of what --json prints"
+    )
     parser.add_argument(
         "--device-test",
         type=Path,
@@ -46,28 +90,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _PrintSchema(argparse.Action):
+    """Prints and exits, as ``--version`` does."""
+
+    def __init__(self, option_strings: list[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **settings)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        file = resources.files("dkm_export.checking") / "report.schema.json"
+        print(file.read_text(), end="")
+        parser.exit()
+
+
 def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run ``dkm check``."""
+    if options.format == "text":
+        return _run(options, terminal)
+    if terminal.json:
+        raise InvalidInput(f"--json and --format {options.format} both print on stdout: choose one")
+    from dkm_export.checking.diagnostics import FORMATS, Diagnostic
+
+    try:
+        return _run(options, terminal)
+    except DkmError as error:
+        line = Diagnostic("error", options.path.resolve(), "check", str(error))
+        terminal.print(FORMATS[options.format](line))
+        raise
+
+
+def _run(options: argparse.Namespace, terminal: Terminal) -> int:
     from dkm_export.checking.check import check
     from dkm_export.checking.device import make_device_tests, write_device_tests
+    from dkm_export.checking.gates import Gates, GateSettings, load_gates
     from dkm_export.checking.junit import junit_xml
-    from dkm_export.files import MANIFEST, require_replaceable, staged
+    from dkm_export.checking.summary import summary
+    from dkm_export.files import staged
 
-    for output, kind in ((options.junit, "file"), (options.device_test, "folder")):
-        if output is None:
-            continue
-        if any((folder / MANIFEST).is_file() for folder in output.resolve().parents):
-            raise InvalidInput(f"{output} lies in an export: name a {kind} outside of it")
-        require_replaceable(
-            output, force=options.force, folder=kind == "folder", sources=[options.path]
-        )
+    _require_outputs(options)
     runtimes = _names(options.runtime)
-    device_tests = make_device_tests(options.path, runtimes) if options.device_test else {}
+    stored = load_gates(options.gates) if options.gates else GateSettings()
+    flags = _flags(options)
+    gates = Gates()
+    if options.gates:
+        gates = gates.changed(stored, options.gates.name)
+    gates = gates.changed(flags, "command line")
+    device_tests = {}
+    if options.device_test:
+        device_tests = make_device_tests(options.path, runtimes, gates.limits)
     report = check(
         options.path,
         runtimes=runtimes,
-        required=_names(options.require),
-        max_drop=options.max_drop,
+        required=list(dict.fromkeys((*stored.require, *flags.require))),
+        devices=options.device,
+        device_runner=options.device_runner,
+        gates=gates,
         data=task_data(options),
         progress=terminal.progress,
         verbose=terminal.verbose,
@@ -75,6 +151,10 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     if options.junit:
         with staged(options.junit, force=options.force) as file:
             file.write_bytes(junit_xml(report))
+    if options.summary:
+        options.summary.parent.mkdir(parents=True, exist_ok=True)
+        with options.summary.open("a", encoding="utf-8") as stream:
+            stream.write(summary(report))
     if options.device_test and report.exit_code is ExitCode.GATE:
         terminal.progress("no device test is written, because a check failed")
     elif options.device_test:
@@ -82,9 +162,45 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         terminal.progress(f"device test: {options.device_test}")
     if terminal.json:
         terminal.result(report.to_json())
-    else:
+    elif options.format == "text":
         _print(report, terminal)
+    else:
+        _print_diagnostics(report, options, terminal)
     return report.exit_code
+
+
+def _require_outputs(options: argparse.Namespace) -> None:
+    """Refuse outputs before the work that they are for."""
+    from dkm_export.files import MANIFEST, require_replaceable
+
+    outputs = {"junit": "file", "summary": "file", "device_test": "folder"}
+    for name, kind in outputs.items():
+        output: Path | None = getattr(options, name)
+        if output is None:
+            continue
+        if any((folder / MANIFEST).is_file() for folder in output.resolve().parents):
+            raise InvalidInput(f"{output} lies in an export: name a {kind} outside of it")
+        if name == "summary":  # which is appended to what is there
+            if output.is_dir():
+                raise InvalidInput(f"{output} is a folder: name a file to append to")
+            continue
+        require_replaceable(
+            output, force=options.force, folder=kind == "folder", sources=[options.path]
+        )
+
+
+def _flags(options: argparse.Namespace) -> GateSettings:
+    """The gates of the command line."""
+    from dkm_export.checking.gates import ALL, parse_gates
+
+    sizes = {}
+    for text in options.max_bytes:
+        target, equals, size = text.rpartition("=")
+        sizes[target if equals else ALL] = size
+    data = {"max_bytes": sizes, "require": _names(options.require)}
+    if options.max_drop is not None:
+        data["max_drop"] = options.max_drop
+    return parse_gates(data, "command line")
 
 
 def _names(values: list[str]) -> list[str]:
@@ -92,7 +208,9 @@ def _names(values: list[str]) -> list[str]:
 
 
 def _print(report: Report, terminal: Terminal) -> None:
-    runtimes = _merged(report.runtimes)
+    from dkm_export.checking.report import merged
+
+    runtimes = merged(report.runtimes)
     suites = report.model_copy(update={"runtimes": runtimes}).suites
     width = max(len(owner) for owner, _ in suites)
     for owner, findings in suites:
@@ -147,17 +265,13 @@ def _print(report: Report, terminal: Terminal) -> None:
     )
 
 
-def _merged(runtimes: Sequence[RuntimeReport]) -> list[RuntimeReport]:
-    """One report for runtimes of a target that did not run for the same reason, with all names."""
-    groups: dict[object, list[RuntimeReport]] = {}
-    for runtime in runtimes:
-        idle = runtime.status == "not_run"
-        key = (runtime.target, runtime.findings) if idle else runtime.runtime
-        groups.setdefault(key, []).append(runtime)
-    return [
-        group[0].model_copy(update={"runtime": ", ".join(runtime.runtime for runtime in group)})
-        for group in groups.values()
-    ]
+def _print_diagnostics(report: Report, options: argparse.Namespace, terminal: Terminal) -> None:
+    from dkm_export.checking.check import locate
+    from dkm_export.checking.diagnostics import FORMATS, diagnostics
+
+    root, _, _ = locate(options.path)
+    for line in diagnostics(report, root):
+        terminal.print(FORMATS[options.format](line))
 
 
 def _figure(value: float | None) -> str:

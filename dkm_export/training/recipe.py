@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -14,7 +13,7 @@ from dkm_export.palettized import ModelDescription, ModelSource
 from dkm_export.parametrization import DkmSettings, Positive
 from dkm_export.plugins import recipes
 from dkm_export.references import TaskSource
-from dkm_export.settings import parse_setting
+from dkm_export.settings import parse_setting, read_toml
 from dkm_export.spec import CompressionSpec, Frozen
 from dkm_export.training.weights import CONFIG, WEIGHTS, read_config
 from dkm_export.validation import explain
@@ -142,12 +141,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InvalidInput: when the file is missing or not TOML, or a key or value is wrong.
     """
-    try:
-        data = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise InvalidInput(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{path}: not TOML: {error}") from error
+    data = read_toml(path)
     for override in overrides:
         _override(data, override)
     try:

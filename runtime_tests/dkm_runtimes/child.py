@@ -16,6 +16,10 @@ _PATIENCE = 600
 """Seconds that one inference may take; then the process is killed, which ends the wait."""
 
 
+class TooSlow(InvalidInput):
+    """A process that took longer to answer than it had time."""
+
+
 class Child:
     """The process ends with this object, and by itself when Python is gone.
 
@@ -29,6 +33,7 @@ class Child:
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self._name = name
+        self._late = False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 a pipe that nobody reads would fill up
         try:
             self._process = subprocess.Popen(
@@ -78,13 +83,17 @@ class Child:
     @contextmanager
     def awaited(self) -> Iterator[None]:
         """Within it, the process has its time to answer; then it is killed."""
-        watchdog = threading.Timer(_PATIENCE, self._process.kill)
+        watchdog = threading.Timer(_PATIENCE, self._give_up)
         watchdog.daemon = True
         watchdog.start()
         try:
             yield
         finally:
             watchdog.cancel()
+
+    def _give_up(self) -> None:
+        self._late = True
+        self._process.kill()
 
     @property
     def _stdout(self) -> IO[bytes]:
@@ -94,6 +103,8 @@ class Child:
     def _ended(self) -> InvalidInput:
         """The error for a process that is gone, with the last that it said."""
         code = self._process.wait()
+        if self._late:
+            return TooSlow(f"{self._name} did not answer within {_PATIENCE} seconds")
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").split("\n")
         last = next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")

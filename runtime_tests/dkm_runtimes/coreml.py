@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from dkm_export.checking.metrics import Limits
 from dkm_export.checking.runtime import Arrays, NumericClass, Runtime, Session
 from dkm_export.errors import Unsupported
 from dkm_export.plugins import missing_packages
@@ -37,6 +39,10 @@ class CoreMLRuntime(Runtime):
             return "Core ML runs only on macOS"
         return super().unavailable()
 
+    def reported_version(self) -> str:
+        """Of macOS, which Core ML is a part of."""
+        return f"macOS {platform.mac_ver()[0]}, {super().reported_version()}"
+
     def load(self, artifact: Path) -> Session:
         """Compile and load a package.
 
@@ -47,7 +53,13 @@ class CoreMLRuntime(Runtime):
         """
         return _Session(artifact, self.units)
 
-    def device_test(self, artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[str, bytes]:
+    def device_test(
+        self,
+        artifact: Path,
+        inputs: Arrays,
+        outputs: Arrays,
+        limits: Mapping[NumericClass, Limits],
+    ) -> dict[str, bytes]:
         """An XCTest of all compute units with its samples, and how to add it to an app.
 
         Raises:
@@ -61,7 +73,8 @@ class CoreMLRuntime(Runtime):
         from dkm_runtimes.coreml_device import device_test
 
         package = Package(artifact)
-        return device_test(package, _numeric_class(package), inputs, outputs)
+        numeric_class = _numeric_class(package)
+        return device_test(package, numeric_class, inputs, outputs, limits[numeric_class])
 
 
 class CoreMLCPURuntime(CoreMLRuntime):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from dkm_export.checking.metrics import Limits
 from dkm_export.checking.runtime import Arrays, NumericClass, Runtime, Session
 from dkm_export.errors import InvalidInput, Unsupported
 
@@ -53,11 +54,17 @@ class ExecuTorchRuntime(Runtime):
         names = expose(file)
         return zip(names, _open(file, file.to_bytes()).run(inputs), strict=True)
 
-    def device_test(self, artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[str, bytes]:
+    def device_test(
+        self,
+        artifact: Path,
+        inputs: Arrays,
+        outputs: Arrays,
+        limits: Mapping[NumericClass, Limits],
+    ) -> dict[str, bytes]:
         """A bundled program, ``<name>.bpte``, with these samples."""
         from dkm_runtimes.executorch_device import make_device_test
 
-        return make_device_test(artifact, inputs, outputs)
+        return make_device_test(artifact, inputs, outputs, limits)
 
 
 def _open(file: ProgramFile, content: bytes) -> Session:
@@ -68,12 +75,12 @@ def _open(file: ProgramFile, content: bytes) -> Session:
     from dkm_exporters.executorch.native import load_backend
     from dkm_exporters.executorch.reading import read_header
 
-    artifact, backend = file.path, read_header(file).backend
-    if backend == "coreml":
+    artifact, header = file.path, read_header(file)
+    if header.backend == "coreml":
         raise Unsupported(
             f"{artifact}: is for the Core ML delegate, which runs on Apple systems only"
         )
-    if backend == "xnnpack-lut":
+    if header.backend == "xnnpack-lut":
         load_backend()
     folder = TemporaryDirectory()
     try:
@@ -92,7 +99,8 @@ def _open(file: ProgramFile, content: bytes) -> Session:
         forward = program.load_method("forward")
     except RuntimeError as error:
         raise Unsupported(f"{artifact}: the runtime rejects the program: {error}") from error
-    return _ExecuTorchSession(program, forward, names, folder)
+    numeric_class = NumericClass(header.precision)
+    return _ExecuTorchSession(numeric_class, program, forward, names, folder)
 
 
 def expand_weights(artifact: Path, folder: Path) -> Path | None:
@@ -113,11 +121,15 @@ def expand_weights(artifact: Path, folder: Path) -> Path | None:
 
 
 class _ExecuTorchSession(Session):
-    numeric_class = NumericClass.FP32
-
     def __init__(
-        self, program: Any, forward: Any, inputs: list[str], folder: TemporaryDirectory[str]
+        self,
+        numeric_class: NumericClass,
+        program: Any,
+        forward: Any,
+        inputs: list[str],
+        folder: TemporaryDirectory[str],
     ) -> None:
+        self.numeric_class = numeric_class
         self._program = program  # owns the bytes that the method reads
         self._forward = forward
         self._inputs = inputs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from executorch.devtools import BundledProgram
 from executorch.devtools.bundled_program.config import MethodTestCase, MethodTestSuite
@@ -11,7 +13,8 @@ from executorch.devtools.bundled_program.serialize import (
     serialize_from_bundled_program_to_flatbuffer,
 )
 
-from dkm_export.checking.runtime import Arrays
+from dkm_export.checking.metrics import Limits
+from dkm_export.checking.runtime import Arrays, NumericClass
 from dkm_export.errors import InvalidInput
 from dkm_exporters.executorch import ExecuTorchExporter
 from dkm_exporters.executorch.header import INPUTS_METHOD
@@ -29,11 +32,16 @@ with the program. In the app's tests:
 2. Take the program out of the file, `executorch::bundled_program::get_program_data`, and load its
    method `forward`.
 3. For each sample, `load_bundled_input`, execute the method, and `verify_method_outputs` with
-   rtol 1e-3 and atol 1e-5. ExecuTorch's own defaults refuse right results.
+   rtol {rtol:g} and atol {atol:.1g}. ExecuTorch's own defaults refuse right results.
 """
 
 
-def make_device_test(artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[str, bytes]:
+def make_device_test(
+    artifact: Path,
+    inputs: Arrays,
+    outputs: Arrays,
+    limits: Mapping[NumericClass, Limits],
+) -> dict[str, bytes]:
     """Contents by name of the file, see `Runtime.device_test`.
 
     Raises:
@@ -55,8 +63,16 @@ def make_device_test(artifact: Path, inputs: Arrays, outputs: Arrays) -> dict[st
         content = bytes(serialize_from_bundled_program_to_flatbuffer(bundle))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise InvalidInput(f"{artifact}: cannot be bundled with samples: {error}") from error
-    links = LINKS[read_header(file).backend]
-    readme = _README.format(name=artifact.stem, count=count, links=links)
+    header = read_header(file)
+    limit = limits[NumericClass(header.precision)]
+    readme = _README.format(
+        name=artifact.stem,
+        count=count,
+        links=LINKS[header.backend],
+        rtol=limit.rtol,
+        # ExecuTorch's comparison does not know the largest element of an output.
+        atol=limit.atol * max(float(np.abs(x).max()) for x in outputs.values()),
+    )
     beside = ExecuTorchExporter().files(artifact)[1:]
     return {
         artifact.with_suffix(".bpte").name: content,

@@ -44,6 +44,10 @@ class OnnxRuntime(Runtime):
     packages = ("onnxruntime",)
     config: ClassVar[dict[str, str]] = {}
 
+    def reported_version(self) -> str:
+        """Of the package, whatever its name is."""
+        return f"onnxruntime {_version()}"
+
     def load(self, artifact: Path) -> Session:
         """Open a session, which by default decodes all palettes of an ``.onnx`` file once.
 

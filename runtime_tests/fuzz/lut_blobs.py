@@ -10,14 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 HEADER = struct.Struct("<8sIBBHQQQQQQQQ")
-FIELDS = {"magic": 0, "version": 8, "bits": 12, "dim": 13, "reserved": 14, "outer": 16, "size": 24}
+FIELDS = {"magic": 0, "version": 8, "bits": 12, "dim": 13, "element": 14, "outer": 16, "size": 24}
 FIELDS |= {"inner": 32, "groups": 40, "group_stride": 48, "scales": 56, "scale_stride": 64}
 """Offsets in the header."""
+
+FLOAT32, FLOAT16, ROUNDED = ELEMENTS = range(3)
+"""What a weight consists of; ROUNDED is float32 that float16 can hold."""
 
 CORPUS = Path(__file__).with_name("corpus")
 
@@ -49,18 +53,19 @@ class Blob:
     scale: npt.NDArray[np.float32]
     indices: npt.NDArray[np.uint8]
     """[outer, ceil(size / dim), inner]"""
+    element: int = FLOAT32
 
     def header(self) -> bytes:
         g = self.geometry
         extents = (g.outer, g.size, g.inner, g.groups, g.group_stride, g.scales, g.scale_stride)
-        return HEADER.pack(b"DKM-LUT\0", 1, self.bits, self.dim, 0, *extents, 0)
+        return HEADER.pack(b"DKM-LUT\0", 1, self.bits, self.dim, self.element, *extents, 0)
 
     def to_bytes(self) -> bytes:
         bits = np.unpackbits(self.indices.reshape(-1, 1), axis=1, bitorder="little")
         packed = np.packbits(bits[:, : self.bits].reshape(-1), bitorder="little")
         return b"".join([self.header(), *(a.tobytes() for a in (self.lut, self.scale, packed))])
 
-    def dense(self) -> npt.NDArray[np.float32]:
+    def dense(self) -> npt.NDArray[Any]:
         g = self.geometry
         e = np.arange(g.elements)
         row, d = np.divmod(e // g.inner % g.size, self.dim)
@@ -68,10 +73,16 @@ class Blob:
         dense = self.lut[e // g.group_stride % g.groups, index, d].astype(np.float32)
         if g.scales:
             dense *= self.scale[e // g.scale_stride % g.scales]
-        return dense
+        if self.element == FLOAT32:
+            return dense
+        with np.errstate(over="ignore"):
+            halves = dense.astype(np.float16)
+        return halves if self.element == FLOAT16 else halves.astype(np.float32)
 
 
-def random_blob(bits: int, dim: int, geometry: Geometry, seed: int = 0) -> Blob:
+def random_blob(
+    bits: int, dim: int, geometry: Geometry, seed: int = 0, element: int = FLOAT32
+) -> Blob:
     generator = np.random.default_rng(seed)
     lut = generator.normal(0, 1, (geometry.groups, 1 << bits, dim)).astype(np.float16)
     lut[:, 0, 0] = np.float16(6e-8)  # the smallest subnormal
@@ -79,7 +90,7 @@ def random_blob(bits: int, dim: int, geometry: Geometry, seed: int = 0) -> Blob:
     shape = (geometry.outer, -(-geometry.size // dim), geometry.inner)
     indices = generator.integers(0, 1 << bits, shape, dtype=np.uint8)
     scale = generator.normal(1, 1, geometry.scales).astype(np.float32)
-    return Blob(bits, dim, geometry, lut, scale, indices)
+    return Blob(bits, dim, geometry, lut, scale, indices, element)
 
 
 def geometries(dim: int, rows: int) -> Iterator[tuple[str, Geometry]]:
@@ -135,7 +146,7 @@ def corpus() -> Iterator[tuple[str, bytes]]:
                 continue
             if turn % 3 == 0:
                 geometry = replace(geometry, scales=0, scale_stride=1)
-            content = random_blob(bits, dim, geometry).to_bytes()
+            content = random_blob(bits, dim, geometry, element=turn % 3).to_bytes()
             if len(content) < 9000:
                 yield f"{bits}x{dim}-{name}", content
     blob = random_blob(3, 2, Geometry(2, 5, 3, 2, 15, 5, 3))

@@ -72,12 +72,12 @@ class ExecuTorchExporter(Exporter[ExecuTorchOptions]):
         return [artifact, beside] if beside.is_file() else [artifact]
 
     def notes(self, artifact: Path) -> list[str]:
-        """What the app has to link and to call for the artifact's backend."""
+        """What the artifact computes in, and what the app has to link and to call."""
         from dkm_exporters.executorch.program import ProgramFile
         from dkm_exporters.executorch.reading import read_header
 
-        backend = read_header(ProgramFile(artifact)).backend
-        return [f"{backend}: {LINKS[backend]}"]
+        header = read_header(ProgramFile(artifact))
+        return [f"{header.backend}, {header.precision}: {LINKS[header.backend]}"]
 
     def read_palettes(self, artifact: Path) -> dict[str, Palette]:
         """Decode every palette, without its scale, as the program's own instructions decode it.

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from typing import Final
+from enum import IntEnum
+from itertools import product
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +28,45 @@ from dkm_export.palette import (
     packed_size,
     unpack,
 )
+from dkm_exporters.executorch.options import Precision
 
 _MAGIC: Final = b"DKM-LUT\0"
 _VERSION: Final = 1
 _HEADER: Final = struct.Struct("<8sIBBH8Q")
 
+
+class _Element(IntEnum):
+    """What a weight consists of, as the header of its blob says."""
+
+    FLOAT32 = 0
+    FLOAT16 = 1
+    ROUNDED = 2
+    """float32, rounded to the nearest float16."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return 2 if self is _Element.FLOAT16 else 4
+
+    def of(self, dense: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+        """A weight of such elements."""
+        if self is _Element.FLOAT32:
+            return dense
+        with np.errstate(over="ignore"):
+            halves = dense.astype(np.float16)
+        return halves if self is _Element.FLOAT16 else halves.astype(np.float32)
+
+
+_ELEMENTS: Final[dict[Precision, tuple[_Element, ...]]] = {
+    "fp32": (_Element.FLOAT32,),
+    # XNNPACK's lowering stores the weights of convolutions as float32 all the same.
+    "fp16": (_Element.FLOAT16, _Element.ROUNDED),
+}
+
 _Order = tuple[int, ...]
+
+Form = tuple[_Element, _Order]
+"""Of a dense weight: what it consists of, and the order of its axes."""
 
 _ORDERS: Final[dict[int, list[_Order]]] = {
     1: [(0,)],
@@ -46,18 +81,20 @@ A convolution's are output, height, width, input; a depthwise or transposed one'
 """
 
 
-def weight_keys(palette: Palette) -> dict[str, _Order]:
-    """The order of axes by the key of the weight in it: what XNNPACK's lowering calls the data."""
+def weight_keys(palette: Palette, precision: Precision) -> dict[str, Form]:
+    """The forms that XNNPACK's lowering may give to a weight, by what it calls the data then."""
     dense = palette.dense()
-    return {_key(dense, order): order for order in _ORDERS[dense.ndim]}
+    forms = product(_ELEMENTS[precision], _ORDERS[dense.ndim])
+    return {_key(dense, form): form for form in forms}
 
 
-def write_blob(palette: Palette, order: _Order) -> bytes:
-    """The palette of a weight, with its scale, for the axes of the weight in ``order``."""
+def write_blob(palette: Palette, form: Form) -> bytes:
+    """The palette of a weight, with its scale, to expand to this form."""
+    element, order = form
     indices = np.ascontiguousarray(palette.indices.transpose(order))
     scale = b"" if palette.scale is None else palette.scale.tobytes()
     packed = pack(indices, palette.bits).tobytes()
-    return b"".join((_header(palette, order), palette.lut.tobytes(), scale, packed))
+    return b"".join((_header(palette, element, order), palette.lut.tobytes(), scale, packed))
 
 
 def read_blob(blob: bytes, key: str, entry: PaletteEntry) -> Palette:
@@ -73,9 +110,10 @@ def read_blob(blob: bytes, key: str, entry: PaletteEntry) -> Palette:
     """
     layout = entry.layout
     for order in _ORDERS.get(len(layout.shape), []):
-        palette = _read(blob, entry.bits, layout, order)
-        if palette is not None and _key(palette.dense(), order) == key:
-            return palette
+        for element in _Element:
+            palette = _read(blob, entry.bits, layout, (element, order))
+            if palette is not None and _key(palette.dense(), (element, order)) == key:
+                return palette
     raise InvalidInput("the packed weight is not what the program calls it")
 
 
@@ -85,43 +123,47 @@ def expanded_size(blob: bytes) -> int:
     Raises:
         InvalidInput: when the blob is malformed.
     """
-    outer, size, inner = _fields(blob)[2:5]
-    return 4 * outer * size * inner
+    _, _, element, outer, size, inner = _fields(blob)[:6]
+    return _Element(element).size * outer * size * inner
 
 
-def expand_blob(blob: bytes) -> npt.NDArray[np.float32]:
+def expand_blob(blob: bytes) -> npt.NDArray[Any]:
     """The weight in the order that its consumer wants, flat: what the native code computes.
 
     Raises:
         InvalidInput: when the blob is malformed.
     """
-    bits, dim, outer, size, inner, groups, group_stride, scales, scale_stride = _fields(blob)
+    bits, dim, element, outer, size, inner, groups, group_stride, scales, scale_stride = _fields(
+        blob
+    )
     along = -(-size // dim)
     luts, packed = 2 * groups * dim << bits, packed_size(outer * along * inner, bits)
     lut = np.frombuffer(blob, np.float16, luts // 2, _HEADER.size).astype(np.float32)
     codes = unpack(
         np.frombuffer(blob, np.uint8, packed, len(blob) - packed), bits, outer * along * inner
     )
-    element = np.arange(outer * size * inner).reshape(outer, size, inner)
-    group = element[:, ::dim] // group_stride % groups
+    place = np.arange(outer * size * inner).reshape(outer, size, inner)
+    group = place[:, ::dim] // group_stride % groups
     vectors = lut.reshape(groups, -1, dim)[group, codes.reshape(group.shape)]
     padded = np.moveaxis(vectors, 3, 2).reshape(outer, along * dim, inner)
     weight = np.ascontiguousarray(padded[:, :size])
     if scales:
         scale = np.frombuffer(blob, np.float32, scales, _HEADER.size + luts)
-        weight *= scale[element // max(scale_stride, 1) % scales]
-    return weight.reshape(-1)
+        weight *= scale[place // max(scale_stride, 1) % scales]
+    return _Element(element).of(weight.reshape(-1))
 
 
 def _fields(blob: bytes) -> tuple[int, ...]:
-    """Bits, dim and the sizes of a header that is as the blob's length says.
+    """Bits, dim, element and the sizes of a header that is as the blob's length says.
 
     So a weight has at most 2048 times as many bytes as its blob, whatever the header says.
     """
     if len(blob) < _HEADER.size or not blob.startswith(_MAGIC):
         raise InvalidInput("not a packed weight")
-    _, version, bits, dim, _, *sizes, _ = _HEADER.unpack_from(blob)
+    _, version, bits, dim, element, *sizes, _ = _HEADER.unpack_from(blob)
     if version != _VERSION or not 1 <= bits <= MAX_BITS or not 1 <= dim <= MAX_DIM:
+        raise InvalidInput("the header of the packed weight is malformed")
+    if element not in list(_Element):
         raise InvalidInput("the header of the packed weight is malformed")
     outer, size, inner, groups, group_stride, scales, _ = sizes
     if 0 in (outer, size, inner, groups, group_stride):
@@ -129,14 +171,15 @@ def _fields(blob: bytes) -> tuple[int, ...]:
     packed = packed_size(outer * -(-size // dim) * inner, bits)
     if len(blob) != _HEADER.size + (2 * groups * dim << bits) + 4 * scales + packed:
         raise InvalidInput("the packed weight is of another size than its header says")
-    return bits, dim, *sizes
+    return bits, dim, element, *sizes
 
 
-def _key(dense: npt.NDArray[np.float32], order: _Order) -> str:
-    return hashlib.sha256(np.ascontiguousarray(dense.transpose(order)).data).hexdigest()
+def _key(dense: npt.NDArray[np.float32], form: Form) -> str:
+    element, order = form
+    return hashlib.sha256(np.ascontiguousarray(element.of(dense).transpose(order)).data).hexdigest()
 
 
-def _header(palette: Palette, order: _Order) -> bytes:
+def _header(palette: Palette, element: _Element, order: _Order) -> bytes:
     layout = palette.layout
     shape = [layout.shape[axis] for axis in order]
 
@@ -150,7 +193,7 @@ def _header(palette: Palette, order: _Order) -> bytes:
     if palette.scale is not None:
         scales, scale_stride = palette.scale.size, after(_scale_axis(palette))
     return _HEADER.pack(
-        *(_MAGIC, _VERSION, palette.bits, layout.dim, 0),
+        *(_MAGIC, _VERSION, palette.bits, layout.dim, element),
         *(layout.size // (size * inner), size, inner),
         *(layout.groups, group_stride, scales, scale_stride, 0),
     )
@@ -163,8 +206,9 @@ def _scale_axis(palette: Palette) -> int:
     return max(range(len(sizes)), key=lambda axis: sizes[axis])
 
 
-def _read(blob: bytes, bits: int, layout: Layout, order: _Order) -> Palette | None:
-    """The palette, or None when the blob is none of this layout in this order."""
+def _read(blob: bytes, bits: int, layout: Layout, form: Form) -> Palette | None:
+    """The palette, or None when the blob is none of this layout in this form."""
+    element, order = form
     luts, packed = lut_size(layout, bits), packed_size(layout.vectors, bits)
     scales, rest = divmod(len(blob) - _HEADER.size - luts - packed, 4)
     if scales < 0 or rest:
@@ -188,6 +232,6 @@ def _read(blob: bytes, bits: int, layout: Layout, order: _Order) -> Palette | No
             np.ascontiguousarray(indices),
             scale,
         )
-        if blob.startswith(_header(palette, order)):
+        if blob.startswith(_header(palette, element, order)):
             return palette
     return None

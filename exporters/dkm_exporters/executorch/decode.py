@@ -16,15 +16,19 @@ from dkm_export.palette import Palette
 class _Decoder(nn.Module):
     """What the decodes have in common: a LUT, and tables that take packed bytes apart.
 
+    Args:
+        palette: the palette.
+        dtype: of the weight, float32 or float16.
+
     Attributes:
         lut: float16 ``[groups * 2**bits, dim]``.
     """
 
     lut: Tensor
 
-    def __init__(self, palette: Palette) -> None:
+    def __init__(self, palette: Palette, dtype: torch.dtype) -> None:
         super().__init__()
-        self._bits, self._layout = palette.bits, palette.layout
+        self._bits, self._layout, self._dtype = palette.bits, palette.layout, dtype
         self._fields = fields(palette.bits)
         for field in self._fields:
             if field.width < 8:  # a whole byte needs no table
@@ -62,8 +66,8 @@ class Decode(_Decoder):
     offsets: Tensor | None
     scale: Tensor | None
 
-    def __init__(self, palette: Palette) -> None:
-        super().__init__(palette)
+    def __init__(self, palette: Palette, dtype: torch.dtype) -> None:
+        super().__init__(palette, dtype)
         self._packed = torch.from_numpy(pack_fields(palette.indices.reshape(-1), palette.bits))
         groups = palette.layout.groups
         starts = torch.arange(groups, dtype=torch.int32)[:, None] << palette.bits
@@ -76,9 +80,11 @@ class Decode(_Decoder):
         return (self._packed,)
 
     def forward(self, packed: Tensor) -> Tensor:
-        """Flat uint8 to the float32 weight of the layout's shape, times the scale."""
-        weight = self._arrange(F.embedding(self._rows(packed), self.lut.float()))
-        return weight if self.scale is None else weight * self.scale
+        """Flat uint8 to the weight of the layout's shape, times the scale."""
+        weight = self._arrange(F.embedding(self._rows(packed), self.lut.to(self._dtype)))
+        if self.scale is None:
+            return weight
+        return (weight.float() * self.scale).to(self._dtype)
 
     def _rows(self, packed: Tensor) -> Tensor:
         """int32: the row of ``lut`` for each vector."""
@@ -113,12 +119,12 @@ class RowDecode(_Decoder):
 
     packed: Tensor
 
-    def __init__(self, palette: Palette) -> None:
-        super().__init__(palette)
+    def __init__(self, palette: Palette, dtype: torch.dtype) -> None:
+        super().__init__(palette, dtype)
         self.register_buffer("packed", torch.from_numpy(pack_fields(palette.indices, palette.bits)))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Integers ``[...]`` to float32 ``[..., shape[1]]``."""
+        """Integers ``[...]`` to the dtype's ``[..., shape[1]]``."""
         layout = self._layout
         across = layout.axis == 0 and layout.dim > 1
         blocks = _divide(tokens, layout.dim) if across else tokens
@@ -126,7 +132,7 @@ class RowDecode(_Decoder):
         if layout.groups > 1:
             group = _divide(tokens, layout.shape[0] // layout.groups)
             rows = rows + (group * (1 << self._bits)).int().unsqueeze(-1)
-        lut = self.lut.float()
+        lut = self.lut.to(self._dtype)
         if across:
             rows = rows * layout.dim + torch.remainder(tokens, layout.dim).int().unsqueeze(-1)
             lut = lut.view(-1, 1)
@@ -157,7 +163,7 @@ def decode_rows(module: nn.Module, name: str, palette: Palette) -> None:
     Its weight stays, for code that uses it otherwise.
     """
     layer = module.get_submodule(name.rpartition(".")[0])
-    rows = RowDecode(palette)
+    rows = RowDecode(palette, layer.get_parameter("weight").dtype)
     layer.add_module("dkm_rows", rows)
     layer.forward = lambda tokens: rows(tokens)
 
@@ -167,7 +173,8 @@ def decode_weight(module: nn.Module, name: str, palette: Palette) -> None:
     path, _, weight = name.rpartition(".")
     layer = module.get_submodule(path)
     if not parametrize.is_parametrized(layer, weight):  # one module can have two names
-        parametrize.register_parametrization(layer, weight, Decode(palette), unsafe=True)
+        decode = Decode(palette, layer.get_parameter(weight).dtype)
+        parametrize.register_parametrization(layer, weight, decode, unsafe=True)
 
 
 def is_decode(node: fx.Node) -> bool:

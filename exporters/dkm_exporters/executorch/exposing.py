@@ -7,6 +7,7 @@ in the copy they are outputs of its graph, which the plan then has values for.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 from executorch.exir.scalar_type import ScalarType
@@ -34,13 +35,19 @@ _ROOM: Final = 64
 _MOST_BYTES: Final = 1 << 32
 """Of all tensors."""
 
+_FLOATS: Final = {
+    "xnn_datatype_fp32": ScalarType.FLOAT,
+    "xnn_datatype_fp16": ScalarType.HALF,
+}
+"""By XNNPACK's name."""
+
 _INTERNAL: Final = 0xFFFFFFFF
 _EXTERNAL_OUTPUT: Final = 2
 """XNNPACK's marks: the number of a value that only the graph knows, and the flag of an output."""
 
 
 def expose(file: ProgramFile) -> list[str]:
-    """Let ``forward`` return all float32 tensors that depend on its inputs, in place.
+    """Let ``forward`` return all tensors of floats that depend on its inputs, in place.
 
     Returns:
         A name for each of its outputs: what computes it, and a number.
@@ -54,6 +61,15 @@ def expose(file: ProgramFile) -> list[str]:
     return _Exposing(file).run()
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A value of a delegate's graph that becomes an output."""
+
+    name: str
+    dtype: ScalarType
+    sizes: list[int]
+
+
 class _Exposing:
     """Follows the instructions through the memory as it was planned, and plans it again."""
 
@@ -62,7 +78,7 @@ class _Exposing:
         self._plan = file.plan("forward")
         self._end: int = self._plan.non_const_buffer_sizes[_AREA]
         self._names: dict[int, str] = {}
-        self._graphs: dict[int, tuple[list[int], list[tuple[str, list[int]]]]] = {}
+        self._graphs: dict[int, tuple[list[int], list[_Opened]]] = {}
         self._written: dict[tuple[int, int], int] = {}
         """The last value that was written to each place."""
         self._same: dict[int, int] = {}
@@ -88,7 +104,7 @@ class _Exposing:
         self._plan.outputs = [
             index
             for index in self._names
-            if self._plan.values[index].val.scalar_type == ScalarType.FLOAT
+            if self._plan.values[index].val.scalar_type in _FLOATS.values()
         ]
         return [self._names[index] for index in self._plan.outputs]
 
@@ -137,17 +153,17 @@ class _Exposing:
             self._graphs[index] = self._edit(index)
         outputs, opened = self._graphs[index]
         self._call(f"delegate {index}: output", call.args, [call.args[n] for n in outputs])
-        for name, sizes in opened:
+        for value in opened:
             number = len(self._plan.values)
             call.args.append(number)
-            self._names[number] = name
-            self._plan.values.append(EValue(self._tensor(sizes)))
+            self._names[number] = value.name
+            self._plan.values.append(EValue(self._tensor(value)))
 
-    def _edit(self, index: int) -> tuple[list[int], list[tuple[str, list[int]]]]:
+    def _edit(self, index: int) -> tuple[list[int], list[_Opened]]:
         """Make all values of a delegate's graph outputs of it.
 
         Returns:
-            Which arguments of a call are outputs, and names and sizes of those that come after.
+            Which arguments of a call are outputs, and those that come after.
         """
         processed = self._file.delegate("forward", index)
         graph, outputs, opened = read_graph(processed), [], []
@@ -165,17 +181,17 @@ class _Exposing:
             graph["num_externs"] += 1
             graph["output_ids"].append(number)
             name = f"delegate {index}: {makers[number].removeprefix('XNN')} {number}"
-            opened.append((name, value["dims"]))
+            opened.append(_Opened(name, _FLOATS[value["datatype"]], value["dims"]))
         self._file.set_delegate("forward", index, replace_graph(processed, graph))
         return outputs, opened
 
-    def _tensor(self, sizes: list[int]) -> Tensor:
-        """A float32 tensor with memory of its own, for batches of at most this size."""
+    def _tensor(self, value: _Opened) -> Tensor:
+        """A tensor with memory of its own, for batches of at most this size."""
         tensor = Tensor(
-            scalar_type=ScalarType.FLOAT,
+            scalar_type=value.dtype,
             storage_offset=0,
-            sizes=sizes,
-            dim_order=list(range(len(sizes))),
+            sizes=value.sizes,
+            dim_order=list(range(len(value.sizes))),
             requires_grad=False,
             layout=0,
             data_buffer_idx=0,

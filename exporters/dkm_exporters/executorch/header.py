@@ -6,7 +6,7 @@ from typing import Literal
 
 from dkm_export.entry import PaletteEntry
 from dkm_export.spec import Frozen
-from dkm_exporters.executorch.options import Backend
+from dkm_exporters.executorch.options import Backend, Precision
 
 PALETTES_METHOD = "dkm_palettes"
 """Returns one string: a `Header` as JSON."""
@@ -23,6 +23,7 @@ class Header(Frozen):
 
     Attributes:
         backend: how weights are decoded, and by what.
+        precision: what it computes in; inputs and outputs are float32 either way.
         layers: by parameter name.
         decodes: the parameters that each decode of the program is for, in the order in which its
             instructions run, those of ``init`` first. A layer that is called twice is decoded
@@ -33,6 +34,7 @@ class Header(Frozen):
 
     schema_version: Literal[2] = 2
     backend: Backend
+    precision: Precision
     layers: dict[str, PaletteEntry]
     decodes: tuple[tuple[str, ...], ...]
     buffers: tuple[str, ...] = ()

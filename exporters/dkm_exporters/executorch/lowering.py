@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from executorch.exir import EdgeProgramManager, ExecutorchBackendConfig, to_edge
 from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_map_only
 
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import DkmError, InvalidInput, Unsupported
@@ -41,6 +43,7 @@ def lower(
     lowered = _Lowering(module, model, options).run()
     header = Header(
         backend=options.backend,
+        precision=options.computes_in,
         layers={name: PaletteEntry.of(palette) for name, palette in model.palettes.items()},
         decodes=tuple(lowered.decodes),
         buffers=tuple(lowered.buffers),
@@ -96,6 +99,8 @@ class _Lowering:
         palettes = fold_batch_norm(
             self._module, self._model.palettes, self._inputs, self._model.ties
         )
+        if self._options.computes_in == "fp16":
+            _halve(self._module)
         weights = Weights(self._module, palettes, self._model.ties)
         weights.decode_rows()
         match self._options.backend:
@@ -113,7 +118,7 @@ class _Lowering:
 
     def _xnnpack(self, weights: Weights) -> _Lowered:
         with _explained("ExecuTorch"):
-            edge, packed = delegate(self._export, weights)
+            edge, packed = delegate(self._export, weights, self._options.computes_in)
         program, files = edge.exported_program(), {}
         if self._options.backend == "xnnpack-ptd":
             take_out(program, packed.blobs)
@@ -144,7 +149,7 @@ class _Lowering:
         from dkm_exporters.executorch.coreml import finish, to_coreml, use_constexpr
         from dkm_exporters.executorch.ml_programs import read_part
 
-        palettes, precision = self._model.palettes, self._options.coreml_precision
+        palettes, precision = self._model.palettes, self._options.computes_in
         for name, owner in Weights(self._module, palettes, self._model.ties).owners.items():
             use_constexpr(self._module, name, palettes[owner], owner)
         with _explained("the Core ML delegate"):
@@ -167,6 +172,18 @@ class _Lowering:
             program.graph.eliminate_dead_code()
         _check_outputs(program, self._model.source)
         return program
+
+
+def _halve(module: nn.Module) -> None:
+    """Let a module compute in float16 between inputs and outputs of float32, in place."""
+    forward = module.half().forward
+
+    @wraps(forward)
+    def halved(*inputs: Tensor) -> Any:
+        outputs = forward(*(x.half() if x.is_floating_point() else x for x in inputs))
+        return tree_map_only(Tensor, lambda y: y.float() if y.is_floating_point() else y, outputs)
+
+    module.forward = halved
 
 
 def _check_layers(module: nn.Module) -> None:
@@ -196,7 +213,9 @@ def _explained(library: str) -> Iterator[None]:
     except DkmError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        heading, *rest = lines or [type(error).__name__]
+        reason = " ".join([heading, *rest[:1]] if heading.endswith(":") else [heading])
         raise Unsupported(
             f"executorch: {library} cannot lower the model: {reason}; rewrite that part of it"
         ) from error

@@ -38,20 +38,26 @@ class ExecuTorchOptions(Frozen):
             once; ``xnnpack-init``, XNNPACK with weights that stock kernels decode in a method that
             the app runs first; ``portable``, stock kernels that decode weights at each inference;
             ``coreml``, ExecuTorch's Core ML delegate, for iOS 18, macOS 15 and later.
-        coreml_precision: what Core ML computes in; the Neural Engine has fp16 only. Inputs and
-            outputs are float32 either way.
+        precision: what the backend computes in; inputs and outputs are float32 either way. None is
+            fp16 for Core ML, whose Neural Engine has nothing else, and fp32 for the others.
         max_batch: the most samples that the app may give at once, on axis 0 of every input; None
             fixes the size to that of the model's source.
     """
 
     backend: Backend = "xnnpack-lut"
-    coreml_precision: Precision = "fp16"
+    precision: Precision | None = None
     max_batch: Annotated[int, Field(ge=2, le=65536)] | None = None
 
-    @field_validator("coreml_precision")
+    @field_validator("precision")
     @classmethod
-    def _of_coreml(cls, value: Precision, info: ValidationInfo) -> Precision:
-        backend = info.data.get("backend", "coreml")
-        if backend != "coreml":
-            raise ValueError(f"not for backend={backend}: leave it out, or set backend=coreml")
+    def _of_backend(cls, value: Precision | None, info: ValidationInfo) -> Precision | None:
+        if value == "fp16" and info.data.get("backend") == "xnnpack-init":
+            raise ValueError(
+                "fp16 is not for backend=xnnpack-init: leave it out, or set backend=xnnpack-lut"
+            )
         return value
+
+    @property
+    def computes_in(self) -> Precision:
+        """The precision, by default the backend's."""
+        return self.precision or ("fp16" if self.backend == "coreml" else "fp32")

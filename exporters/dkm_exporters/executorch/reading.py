@@ -254,10 +254,11 @@ def _is_weight(value: Value, lookup: Lookup, palette: Palette) -> bool:
         weight = weight[_tokens(lookup, lookup.source, palette)]
         if weight.size == value.array.size:  # a linear layer may take all rows as one matrix
             weight = weight.reshape(value.array.shape)
-    if value.array.dtype != np.float32 or value.array.shape != weight.shape:
+    if value.array.dtype.kind != "f" or value.array.shape != weight.shape:
         return False
-    # Compare bits, not values: -0.0 equals 0.0.
-    return np.array_equal(value.array.view(np.uint32), weight.view(np.uint32))
+    # Compare bits, not values: -0.0 equals 0.0. What float16 LUTs hold, both dtypes can.
+    found = value.array.astype(np.float32)
+    return np.array_equal(found.view(np.uint32), weight.view(np.uint32))
 
 
 def _tokens(lookup: Lookup, source: Rows, palette: Palette) -> npt.NDArray[Any]:

@@ -122,7 +122,7 @@ class _Init(nn.Module):
             palette = palettes[owner]
             path, _, weight = name.rpartition(".")
             _made(self, path).register_buffer(weight, torch.zeros(palette.layout.shape))
-            decode = Decode(palette)
+            decode = Decode(palette, torch.float32)
             (packed,) = decode.right_inverse(torch.empty(0))
             self.register_buffer(f"dkm_packed{index}", packed)
             self.add_module(f"dkm_decode{index}", decode)

@@ -33,6 +33,7 @@ from torch.export import ExportedProgram
 from dkm_export.errors import Unsupported
 from dkm_exporters.executorch.blob import weight_keys, write_blob
 from dkm_exporters.executorch.decode import is_decode
+from dkm_exporters.executorch.options import Precision
 from dkm_exporters.executorch.weights import Weights
 
 LUT_BACKEND: Final = "DkmXnnpackBackend"
@@ -87,13 +88,14 @@ class Packed:
 
 
 def delegate(
-    export: Callable[[], ExportedProgram], weights: Weights
+    export: Callable[[], ExportedProgram], weights: Weights, precision: Precision
 ) -> tuple[EdgeProgramManager, Packed]:
     """Lower to XNNPACK with dense weights; weights that it cannot have are decoded in the graph.
 
     Args:
         export: traces the module as it is then.
         weights: of the module, which is changed.
+        precision: of the dense weights in the module.
 
     Returns:
         The program, and the palettes of the weights that its delegates have.
@@ -101,21 +103,21 @@ def delegate(
     Raises:
         Unsupported: when a weight has two different palettes.
     """
-    orders = {name: weight_keys(palette) for name, palette in weights.palettes.items()}
+    keys = {name: weight_keys(palette, precision) for name, palette in weights.palettes.items()}
     while True:
         edge = to_edge_transform_and_lower(export(), partitioner=[Partitioner()])
-        dense = _left_dense(edge.exported_program(), weights, orders)
+        dense = _left_dense(edge.exported_program(), weights, keys)
         if not dense:
             break
         # XNNPACK takes no part in these, or changes them on its way.
         weights.decode(dense)
         for name in dense:
-            del orders[name]
+            del keys[name]
     packed = Packed(edge.exported_program())
     used = set[str]().union(*(_keys(part) for _, part in delegates(packed.program)))
-    for name, order in orders.items():
-        for key in used & order.keys():
-            blob = write_blob(weights.palettes[name], order[key])
+    for name, forms in keys.items():
+        for key in used & forms.keys():
+            blob = write_blob(weights.palettes[name], forms[key])
             if packed.blobs.setdefault(key, blob) != blob:
                 raise Unsupported(
                     f"executorch: {name} and {packed.names[key][0]} are the same weight with "

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from dkm_export.checking.metrics import LIMITS
+from dkm_export.checking.metrics import Limits
 from dkm_export.checking.runtime import Arrays, NumericClass
 from dkm_exporters.coreml.options import ImageInput
 from dkm_exporters.mlprogram.package import Package
@@ -25,7 +25,11 @@ _OPAQUE: Final = 255
 
 
 def device_test(
-    package: Package, numeric_class: NumericClass, inputs: Arrays, outputs: Arrays
+    package: Package,
+    numeric_class: NumericClass,
+    inputs: Arrays,
+    outputs: Arrays,
+    limits: Limits,
 ) -> dict[str, bytes]:
     """Contents of the test's files by name; see `Runtime.device_test`.
 
@@ -39,7 +43,6 @@ def device_test(
         for name, stacked in inputs.items()
     }
     expected = {name: _scalars(stacked) for name, stacked in outputs.items()}
-    limits = LIMITS[numeric_class]
     (count,) = {len(stacked) for stacked in expected.values()}
     layout = {
         "model": package.path.stem,

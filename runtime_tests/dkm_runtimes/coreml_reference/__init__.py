@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +28,10 @@ class CoreMLReferenceRuntime(Runtime):
     where = "interpreted with torch on CPU; not Core ML"
     packages = ("coremltools",)
     rounding: ClassVar[bool] = False
+
+    def reported_version(self) -> str:
+        """Of torch, which computes what our interpreter asks for."""
+        return f"torch {metadata.version('torch')}"
 
     def load(self, artifact: Path) -> ReferenceSession:
         """Read and decode a package.

@@ -1,8 +1,5 @@
-// Holds one ONNX file for session.py, which describes the frames: node runner.mjs PACKAGE FOLDER.
-//
-// First it loads PACKAGE from FOLDER/node_modules and replies {}. Then it answers requests until
-// stdin ends: {open: path} with {}, {run: tensors} with {outputs: tensors}, and what fails with
-// {error: message}. A tensor is {name, type, shape, bytes}.
+// Holds one ONNX file for onnx_process.py, which describes the frames: node runner.mjs PACKAGE
+// FOLDER loads PACKAGE from FOLDER/node_modules.
 
 import { existsSync, readSync, writeSync } from "node:fs";
 import { createRequire } from "node:module";

@@ -9,10 +9,11 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from dkm_export.checking.installation import Installation
@@ -29,6 +30,8 @@ _NO_COMPILER: Final = (
     "our native code is built from source, and here is no C++ compiler: install g++ or clang, or "
     "export with executorch.backend=portable"
 )
+
+_NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 
 _TOOLS: Final = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}
 """Packages that carry programs, and where they say that these are."""
@@ -73,38 +76,48 @@ def load_backend() -> None:
         raise Unsupported(f"{library}: cannot be loaded: {error}") from error
 
 
-def build(folder: Path, settings: Sequence[str] = ()) -> None:
+def build(
+    folder: Path, settings: Sequence[str] = (), environment: Mapping[str, str] = _NOTHING
+) -> None:
     """Build the native code and install it into ``folder``.
 
     Args:
         folder: an empty one.
         settings: of CMake, for another architecture: ``-DCMAKE_TOOLCHAIN_FILE=...``.
+        environment: variables that the compiler needs besides those of this process.
 
     Raises:
         Unsupported: when the code does not compile.
     """
     with tempfile.TemporaryDirectory() as work:
-        compile_target("all", Path(work), settings)
-        _run("--install", work, "--prefix", str(folder), "--strip")
+        compile_target("all", Path(work), settings, environment)
+        _run(environment, "--install", work, "--prefix", str(folder), "--strip")
 
 
-def compile_target(target: str, work: Path, settings: Sequence[str] = ()) -> None:
+def compile_target(
+    target: str,
+    work: Path,
+    settings: Sequence[str] = (),
+    environment: Mapping[str, str] = _NOTHING,
+) -> None:
     """Compile a target of the CMake project in the folder ``work``.
 
     Raises:
         Unsupported: when it does not compile.
     """
     _run(
+        environment,
         *("-S", str(SOURCES), "-B", str(work), "-G", "Ninja"),
         *(f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}", "-DCMAKE_BUILD_TYPE=Release"),
         f"-Dexecutorch_DIR={package() / 'share' / 'cmake'}",
         *settings,
     )
-    _run("--build", str(work), "--target", target)
+    _run(environment, "--build", str(work), "--target", target)
 
 
-def _run(*arguments: str) -> None:
-    result = subprocess.run([_tool("cmake"), *arguments], capture_output=True, text=True)
+def _run(environment: Mapping[str, str], *arguments: str) -> None:
+    command = [_tool("cmake"), *arguments]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if result.returncode:
         raise Unsupported(_explain(result.stdout + result.stderr))
 
@@ -119,11 +132,17 @@ def package() -> Path:
 
 def _version() -> str:
     """Of ExecuTorch, and a hash of our sources and of the place that the code is linked against."""
-    digest = hashlib.sha256(str(package()).encode())
+    digest = hashlib.sha256(f"{package()}{sources_hash()}".encode()).hexdigest()
+    return f"{metadata.version('executorch')}-{digest[:16]}"
+
+
+def sources_hash() -> str:
+    """Hex digest of the names and contents of our sources."""
+    digest = hashlib.sha256()
     for file in sorted(SOURCES.iterdir()):
         if file.suffix in (".cpp", ".h", ".txt"):
             digest.update(file.name.encode() + file.read_bytes())
-    return f"{metadata.version('executorch')}-{digest.hexdigest()[:16]}"
+    return digest.hexdigest()
 
 
 def _tool(name: str) -> str:

@@ -119,12 +119,8 @@ class LutDataMap final : public et::NamedDataMap {
   }
 
   static et::Error expand_blob(std::string_view key, const LutBlob& blob, void* dense) {
-    LutExpander expander;
-    const LutError error = expander.init(blob);
-    if (error != LutError::kOk) return refused(key, error);
-    // One thread: most of the time is the memory's, and of two both would wait for it.
-    expander.expand(static_cast<float*>(dense), 0, expander.code_count());
-    return et::Error::Ok;
+    const LutError error = expand(blob, dense);
+    return error == LutError::kOk ? et::Error::Ok : refused(key, error);
   }
 
   const et::NamedDataMap* stored_;

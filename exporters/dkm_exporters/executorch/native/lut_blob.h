@@ -8,9 +8,9 @@
 ///    8  u32      version, 1
 ///   12  u8       bits, 1 to 8
 ///   13  u8       dim, 1 to 64: neighbours along `size` that share an index
-///   14  u16      reserved, 0
+///   14  u16      element: 0 for float32, 1 for float16, 2 for float32 rounded to float16
 ///   16  u64      outer   |
-///   24  u64      size    | the dense weight is float32 [outer, size, inner] in C order
+///   24  u64      size    | the dense weight is [outer, size, inner] in C order
 ///   32  u64      inner   |
 ///   40  u64      groups, 1 or more: the number of LUTs
 ///   48  u64      group_stride, 1 or more
@@ -31,12 +31,11 @@
 ///   float32(lut[e / group_stride % groups][index[o, i, j]][d]) * scale[e / scale_stride % scales]
 ///
 /// where i * dim + d < size; the rest of a last vector is padding. Without scales nothing is
-/// multiplied. A valid blob has LUTs and scales that divide the weight evenly, and no vector whose
-/// elements need different LUTs.
+/// multiplied. Rounding is to the nearest float16, and to even between two. A valid blob has
+/// LUTs and scales that divide the weight evenly, and no vector whose elements need different LUTs.
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 
 namespace dkm {
 
@@ -47,6 +46,7 @@ enum class LutError : int {
   kVersion,
   kBits,
   kDim,
+  kElement,
   kReserved,
   kEmpty,
   kTooLarge,
@@ -59,6 +59,9 @@ enum class LutError : int {
   kNoMemory,
 };
 
+/// What a dense weight consists of.
+enum class Element : std::uint16_t { kFloat32 = 0, kFloat16 = 1, kRounded = 2 };
+
 /// One line for people.
 const char* describe(LutError error) noexcept;
 
@@ -66,6 +69,7 @@ const char* describe(LutError error) noexcept;
 struct LutBlob {
   unsigned bits = 0;
   std::size_t dim = 0;
+  Element element = Element::kFloat32;
   std::uint64_t outer = 0;
   std::uint64_t size = 0;
   std::uint64_t inner = 0;
@@ -94,49 +98,13 @@ LutError parse(const void* data, std::size_t data_size, LutBlob& blob) noexcept;
 
 /// Bytes of the dense weight.
 inline std::size_t expanded_size(const LutBlob& blob) noexcept {
-  return static_cast<std::size_t>(blob.element_count()) * sizeof(float);
+  const std::size_t size = blob.element == Element::kFloat16 ? 2 : sizeof(float);
+  return static_cast<std::size_t>(blob.element_count()) * size;
 }
 
-/// Expands a blob, which must outlive it. What is done once is done in `init`, so that several
-/// threads can expand different parts.
-///
-/// Where bits are few, it looks several neighbouring indices up at once: two indices of 4 bits are
-/// one of 8 bits into a LUT of all pairs. A code is such a joined index.
-class LutExpander {
- public:
-  /// kNoMemory if there is none for LUTs as float32, which are smaller than the dense weight or
-  /// at most twice the size of the blob.
-  LutError init(const LutBlob& blob) noexcept;
-
-  std::uint64_t code_count() const noexcept { return outer_ * along_ * row_codes_; }
-
-  /// Writes the elements of the codes from `begin` to before `end`, at most `code_count()`. `out`
-  /// is the whole dense weight; no two codes share an element of it.
-  void expand(float* out, std::uint64_t begin, std::uint64_t end) const noexcept;
-
- private:
-  bool can_join(unsigned indices) const noexcept;
-  void convert_luts() noexcept;
-  void expand_vectors(const std::uint8_t* codes, std::uint64_t first, std::size_t count,
-                      float* out) const noexcept;
-  void expand_rows(const std::uint8_t* codes, std::uint64_t first, std::size_t count,
-                   float* out) const noexcept;
-  void scale_run(float* values, std::uint64_t element, std::size_t count) const noexcept;
-
-  // The blob, with a weight of [outer, size] if `inner` is 1: `rows_` tells which it is. There the
-  // extents may differ from the blob's, as elements that follow each other need no structure.
-  LutBlob blob_;
-  bool rows_ = false;
-  std::uint64_t outer_ = 0;
-  std::uint64_t size_ = 0;
-  std::uint64_t along_ = 0;       // codes or rows of codes along `size`
-  std::uint64_t row_codes_ = 0;   // codes along `inner`
-  unsigned joined_ = 1;           // indices in a code
-  std::size_t entries_ = 0;       // of a LUT for codes
-  std::size_t width_ = 0;         // elements that a code writes side by side
-  std::unique_ptr<float[]> lut_;  // [groups, entries, width], or [groups, dim, entries, width]
-  std::unique_ptr<float[]> scale_;
-};
+/// Writes the dense weight to `out`, which is aligned to 4 and has room for all of it. It may fail
+/// with kNoMemory.
+LutError expand(const LutBlob& blob, void* out) noexcept;
 
 }  // namespace dkm
 

@@ -124,10 +124,9 @@ WeightsError expand_weight(WeightsSource& packed, WeightsSink& ptd, const Weight
   const std::size_t dense_size = expanded_size(blob);
   if (dense_size != weight.dense_size) return WeightsError::kWeightSize;
 
-  const std::unique_ptr<float[]> dense(new (std::nothrow) float[dense_size / sizeof(float)]);
-  LutExpander expander;
-  if (!dense || expander.init(blob) != LutError::kOk) return WeightsError::kNoMemory;
-  expander.expand(dense.get(), 0, expander.code_count());
+  // `new` aligns bytes for all that they may hold.
+  const std::unique_ptr<unsigned char[]> dense(new (std::nothrow) unsigned char[dense_size]);
+  if (!dense || expand(blob, dense.get()) != LutError::kOk) return WeightsError::kNoMemory;
   return ptd.write(dense.get(), dense_size) ? WeightsError::kOk : WeightsError::kWrite;
 }
 
