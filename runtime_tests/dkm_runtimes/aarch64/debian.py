@@ -25,6 +25,8 @@ APT::Sandbox::User "root";
 Acquire::AllowInsecureRepositories "false";
 Acquire::Languages "none";
 Acquire::Retries "1";
+Acquire::http::Timeout "30";
+Acquire::https::Timeout "30";
 """
 """Read after the machine's own: nothing of its hooks, no more than is needed, all of it verified.
 
