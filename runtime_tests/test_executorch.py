@@ -80,10 +80,12 @@ def read(artifact: Path) -> dict[str, Palette]:
     return ExecuTorchExporter().read_palettes(artifact)
 
 
-def worst_error(model: PalettizedModel, artifact: Path) -> float:
+def worst_error(
+    model: PalettizedModel, artifact: Path, numeric_class: NumericClass = NumericClass.FP32
+) -> float:
     """The largest relative L2 error of an output, over two inputs, after the file is deleted."""
     session = ExecuTorchRuntime().load(artifact)
-    assert session.numeric_class is NumericClass.FP32
+    assert session.numeric_class is numeric_class
     artifact.unlink()
     generator, errors = torch.Generator().manual_seed(7), []
     for _ in range(2):
@@ -158,7 +160,7 @@ def test_program_holds_and_computes_the_palettes(
     options = ExecuTorchOptions(backend="portable", precision="fp16")
     half = ExecuTorchExporter().lower(model, model.build(), tmp_path / "half", options)
     assert not differing(model, half)
-    assert 1e-5 < worst_error(model, half) <= 1e-2
+    assert 1e-5 < worst_error(model, half, NumericClass.FP16) <= 1e-2
 
 
 def test_nothing_dense_is_left(model: PalettizedModel, original: Path) -> None:

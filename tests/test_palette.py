@@ -139,7 +139,8 @@ def test_the_int8_grid(seed: int, dim: int, exponent: float) -> None:
     steps, scale = quantized
     assert np.array_equal(steps.astype(np.float16) * scale, lut)
     assert np.array_equal(np.log2(scale.astype(float)) % 1, np.zeros_like(scale))
-    assert np.abs(lut - centroids).max() <= 0.5 * scale.max()
+    # half of the smallest float16 is none
+    assert np.abs(lut - centroids).max() <= 0.5 * float(scale.max())
 
 
 @pytest.mark.parametrize("values", [[0.1, 1.0], [-0.0, 1.0]])
