@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -11,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dkm_export.errors import Unsupported
+from dkm_runtimes import installer
 
-_PATIENCE = 1800
-"""Seconds for a download of some 150 MB."""
+_PLAIN = {"LC_ALL": "C"}
+"""Messages in English, whose form is known here."""
 
 _CONFIGURATION = """
 #clear APT::Update::Pre-Invoke;
@@ -93,7 +93,8 @@ def unpack(
 
 
 def _extract(name: str, archive: Path, folder: Path) -> None:
-    done = _run(name, {"LC_ALL": "C"}, "dpkg-deb", "--extract", str(archive), str(folder))
+    command = ["dpkg-deb", "--extract", str(archive), str(folder)]
+    done = installer.run(name, command, environment=_PLAIN)
     if done.returncode:
         reason = done.stderr.strip().rpartition("\n")[2] or f"exit {done.returncode}"
         raise Unsupported(f"{name}: {archive.name} cannot be unpacked into {folder}: {reason}")
@@ -115,23 +116,5 @@ def _apt(
         chosen = (f"APT::Architecture={architecture}", f"APT::Architectures={architecture}")
         options += [part for option in chosen for part in ("-o", option)]
     configuration = str(state / "apt.conf")
-    return _run(name, {"LC_ALL": "C"}, "apt-get", "-c", configuration, "-q", *options, *arguments)
-
-
-def _run(name: str, environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            command,
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=_PATIENCE,
-        )
-    except subprocess.TimeoutExpired as error:
-        minutes = _PATIENCE // 60
-        raise Unsupported(
-            f"{name}: {command[0]} has not finished within {minutes} minutes"
-        ) from error
+    command = ["apt-get", "-c", configuration, "-q", *options, *arguments]
+    return installer.run(name, command, environment=_PLAIN)

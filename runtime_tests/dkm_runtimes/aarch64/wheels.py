@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from dkm_export.errors import Unsupported
-
-_PATIENCE = 1800
-"""Seconds for a download of some 40 MB."""
+from dkm_runtimes import installer
 
 _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64")
 _ERROR = re.compile(r"^ERROR: (.+)", re.MULTILINE)
@@ -33,27 +30,12 @@ def unpack(name: str, requirements: Path, python: str, folder: Path) -> None:
         raise Unsupported(f"{name}: pip is not installed: python -m ensurepip")
     options = ("--require-hashes", "--no-deps", "--only-binary=:all:", "--no-compile")
     quiet = ("--quiet", "--no-input", "--no-cache-dir", "--disable-pip-version-check")
-    try:
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "pip", "install", *options, *quiet, "--retries=1"),
-                *(f"--platform={platform}" for platform in _PLATFORMS),
-                *(
-                    f"--python-version={python}",
-                    f"--target={folder}",
-                    f"--requirement={requirements}",
-                ),
-            ],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=_PATIENCE,
-        )
-    except subprocess.TimeoutExpired as error:
-        minutes = _PATIENCE // 60
-        raise Unsupported(f"{name}: pip has not finished within {minutes} minutes") from error
+    command = [
+        *(sys.executable, "-m", "pip", "install", *options, *quiet, "--retries=1"),
+        *(f"--platform={platform}" for platform in _PLATFORMS),
+        *(f"--python-version={python}", f"--target={folder}", f"--requirement={requirements}"),
+    ]
+    done = installer.run(name, command)
     if done.returncode:
         match = _ERROR.search(done.stderr)
         reason = match[1] if match else f"exit code {done.returncode}"

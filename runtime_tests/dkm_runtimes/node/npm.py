@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 from dkm_export.errors import Unsupported
+from dkm_runtimes import installer
 
 _ERROR = re.compile(r"^npm (?:error|ERR!) (?!code |errno |syscall |\s)(.+)", re.MULTILINE)
-
-
-_PATIENCE = 1800
-"""Seconds for a download of some 300 MB."""
 
 
 def missing_program(name: str) -> str | None:
@@ -43,20 +39,7 @@ def install(name: str, source: Path, folder: Path) -> None:
     assert npm is not None
     # onnxruntime-node has a script that downloads a library for CUDA
     options = ("--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1")
-    try:
-        done = subprocess.run(
-            [npm, "ci", *options],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=_PATIENCE,
-        )
-    except subprocess.TimeoutExpired as error:
-        minutes = _PATIENCE // 60
-        raise Unsupported(f"{name}: npm has not finished within {minutes} minutes") from error
+    done = installer.run(name, [npm, "ci", *options], folder=folder)
     if done.returncode:
         match = _ERROR.search(done.stderr)
         reason = match[1] if match else f"exit code {done.returncode}"
