@@ -107,8 +107,8 @@ def children() -> set[int]:
 
 
 def eventually(holds: Callable[[], bool]) -> None:
-    """Processes take a moment to end after the connection to them is closed."""
-    for _ in range(100):
+    """Processes take a moment to end after their connection is closed; on a busy machine, more."""
+    for _ in range(600):
         if holds():
             return
         time.sleep(0.05)

@@ -302,6 +302,7 @@ def test_the_clean_export_passes(clean: Path) -> None:
     assert report.exit_code is ExitCode.OK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_caught_and_named(name: str, clean: Path, tmp_path: Path) -> None:
     fault, out = FAULTS[name], Path(shutil.copytree(clean, tmp_path / "out"))
