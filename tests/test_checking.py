@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
+from dkm_export.checking.execution import _check_controls
 from dkm_export.checking.junit import junit_xml
 from dkm_export.checking.metrics import LIMITS, agreement, compare, sensitivity, violations
 from dkm_export.checking.report import ArtifactReport, Finding, Report, RuntimeReport, Status
@@ -13,6 +17,7 @@ from dkm_export.cli.check import _print
 from dkm_export.cli.terminal import Terminal
 from dkm_export.errors import ExitCode
 
+Array = npt.NDArray[Any]
 FP32 = LIMITS[NumericClass.FP32]
 REFERENCE = np.random.default_rng(0).normal(size=(8, 10)).astype(np.float32)
 
@@ -154,3 +159,24 @@ def test_junit_has_a_suite_per_runtime_and_artifact() -> None:
     assert suites["onnx file"].find("testcase/failure").get("message") == "a <message> & more?"  # type: ignore[union-attr]
     assert suites["ort"].get("skipped") == "1"
     assert suites["required"].get("failures") == "1"
+
+
+def test_a_comparison_that_notices_no_change_fails() -> None:
+    output = REFERENCE[:1]
+    seen, unseen = [output + 1], [output.copy()]
+
+    def status(numeric_class: NumericClass, **controls: dict[str, list[Array]]) -> Status:
+        named = {name.replace("_", " "): by_layer for name, by_layer in controls.items()}
+        reference = SimpleNamespace(controls=named)
+        limits = LIMITS[numeric_class]
+        return _check_controls([REFERENCE], reference, limits, numeric_class).status  # type: ignore[arg-type]
+
+    fp32, fp16 = NumericClass.FP32, NumericClass.FP16
+    assert status(fp32, LUT_entry={"a": seen, "b": unseen}, index={}, bias={}) is Status.PASS
+    assert status(fp32, LUT_entry={"a": seen, "b": unseen, "c": unseen}) is Status.FAIL
+    # one of many indices or biases: some layer has to notice, unless float16 rounds it away
+    for name in ("index", "bias"):
+        for layers, passes in (({"a": seen, "b": unseen}, True), ({"a": unseen}, False)):
+            found = status(fp32, LUT_entry={"a": seen}, **{name: layers})
+            assert (found is Status.PASS) == passes
+            assert status(fp16, LUT_entry={"a": seen}, **{name: layers}) is Status.PASS
