@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
@@ -109,6 +110,7 @@ def children() -> set[int]:
 def eventually(holds: Callable[[], bool]) -> None:
     """Processes take a moment to end after their connection is closed; on a busy machine, more."""
     for _ in range(600):
+        gc.collect()  # a process ends with its session, which an error's traceback may hold
         if holds():
             return
         time.sleep(0.05)

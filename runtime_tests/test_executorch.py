@@ -182,6 +182,7 @@ def test_layers_that_run_twice_or_lend_their_weight(tmp_path: Path) -> None:
     assert worst_error(model, artifact) <= 1e-5
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_process_and_folder(
     model: PalettizedModel, original: Path, tmp_path: Path
 ) -> None:

@@ -73,6 +73,7 @@ def test_right_samples_pass_and_wrong_ones_do_not(
         verify(2)
 
 
+@pytest.mark.slow
 def test_every_backend_can_be_bundled(model: PalettizedModel, tmp_path: Path) -> None:
     for backend in get_args(Backend):
         (tmp_path / backend).mkdir()

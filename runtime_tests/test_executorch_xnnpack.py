@@ -234,7 +234,11 @@ def test_families_with_weights_beside_them(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "precision"),
-    [("xnnpack-lut", "fp32"), ("xnnpack-lut", "fp16"), ("xnnpack-ptd", "fp16")],
+    [
+        ("xnnpack-lut", "fp32"),
+        ("xnnpack-lut", "fp16"),
+        pytest.param("xnnpack-ptd", "fp16", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(("factory", "inputs", "rules"), CASES.values(), ids=CASES)
 def test_layouts(

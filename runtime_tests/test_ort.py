@@ -100,6 +100,7 @@ def test_equal_palettes_keep_their_own_names(model: PalettizedModel, tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_same_bytes_again_and_in_another_process(
     model: PalettizedModel, artifact: Path, tmp_path: Path
 ) -> None:

@@ -117,7 +117,16 @@ def test_inspect_reads_every_kind_of_file(dkm: Dkm, run: Path, export: Path) -> 
         assert found["bytes"] == artifact["bytes"]
 
 
-@pytest.mark.parametrize("target", ["coreml", "onnx", "ort", "executorch", "model.dkm.safetensors"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "onnx",
+        *(
+            pytest.param(target, marks=pytest.mark.slow)
+            for target in ("coreml", "ort", "executorch", "model.dkm.safetensors")
+        ),
+    ],
+)
 def test_one_changed_lut_entry_fails_and_is_named(dkm: Dkm, copy: Path, target: str) -> None:
     lut = load_checkpoint(copy / "model.dkm.safetensors").palettes[LAYER].lut
     encodings = [lut.tobytes(), lut.astype(np.float32).tobytes()]
@@ -217,6 +226,7 @@ def test_device_tests(dkm: Dkm, copy: Path, tmp_path: Path) -> None:
     assert len(files_below(folder)) == 4
 
 
+@pytest.mark.slow
 def test_device_tests_that_cannot_be_written(dkm: Dkm, export: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tests"
     code, report = dkm("check", export, "--runtime", "onnxruntime", "--device-test", folder)
@@ -258,7 +268,8 @@ def test_a_limit_in_a_file_turns_a_check_red(dkm: Dkm, export: Path, tmp_path: P
     gates.write_text("[limits.fp32]\nrelative_l2 = 1e-12\n")
     code, report = dkm("check", file, "--runtime", "onnxruntime", "--gates", gates)
     assert code == 3
-    fidelity, predictions = _failures(report)
+    fidelity, localisation, predictions = _failures(report)
+    assert localisation.startswith("first wrong layer: ")
     assert fidelity.startswith("logits: relative L2 ")
     assert fidelity.endswith(" exceeds 1e-12 (gates.toml)")
     assert predictions.startswith("over the test split: relative L2 ")
