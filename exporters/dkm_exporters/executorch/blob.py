@@ -33,6 +33,7 @@ from dkm_exporters.executorch.options import Precision
 _MAGIC: Final = b"DKM-LUT\0"
 _VERSION: Final = 1
 _HEADER: Final = struct.Struct("<8sIBBH8Q")
+_ELEMENT_FIELD: Final = slice(14, 16)
 
 
 class _Element(IntEnum):
@@ -111,6 +112,8 @@ def read_blob(blob: bytes, key: str, entry: PaletteEntry) -> Palette:
     layout = entry.layout
     for order in _ORDERS.get(len(layout.shape), []):
         for element in _Element:
+            if blob[_ELEMENT_FIELD] != element.to_bytes(2, "little"):
+                continue
             palette = _read(blob, entry.bits, layout, (element, order))
             if palette is not None and _key(palette.dense(), (element, order)) == key:
                 return palette
