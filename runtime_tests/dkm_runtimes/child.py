@@ -27,6 +27,9 @@ class Child:
         name: what messages call it.
         command: the program and its arguments.
 
+    Attributes:
+        end: ends the process now; for when an error is raised, whose traceback keeps this object.
+
     Raises:
         Unsupported: when it does not start.
     """
@@ -41,7 +44,7 @@ class Child:
             )
         except OSError as error:
             raise Unsupported(f"{name} does not start: {error.strerror}") from error
-        weakref.finalize(self, _end, self._process, self._log)
+        self.end = weakref.finalize(self, _end, self._process, self._log)
 
     def write(self, *parts: bytes) -> None:
         """Send bytes.
@@ -90,6 +93,7 @@ class Child:
             yield
         finally:
             watchdog.cancel()
+            watchdog.join()  # its thread refers to this object
 
     def _give_up(self) -> None:
         self._late = True

@@ -104,14 +104,18 @@ class OnnxProcess(Session):
             raise Unsupported(f"{package} does not load: {error}") from error
 
     def open(self, artifact: Path) -> None:
-        """Load the artifact, by path.
+        """Load the artifact, by path; when that fails, the process ends.
 
         Raises:
             OnnxProcessError: when the package refuses it.
             InvalidInput: when the process crashes.
         """
-        self._send({"open": str(artifact.resolve())})
-        self._receive()
+        try:
+            self._send({"open": str(artifact.resolve())})
+            self._receive()
+        except (OnnxProcessError, InvalidInput):
+            self._child.end()
+            raise
         self.numeric_class = numeric_class_of(artifact)
 
     def run(self, inputs: Arrays) -> list[npt.NDArray[Any]]:
