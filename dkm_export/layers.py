@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from dkm_export.errors import InvalidInput
-from dkm_export.palette import Layout, lut_size, packed_size
+from dkm_export.palette import Layout, palette_size
 from dkm_export.spec import CompressionSpec, LayerKind, Lut
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +47,7 @@ class LayerPlan:
         """Predicted payload: packed indices and float16 LUTs, or float32 weights; a tie is free."""
         if self.tied_to:
             return 0
-        return 4 * self.layout.size if self.bits is None else _palette_bytes(self.layout, self.bits)
+        return 4 * self.layout.size if self.bits is None else palette_size(self.layout, self.bits)
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
@@ -145,10 +145,6 @@ def _plan_layer(
         layout = Layout(shape, rule.dim, rule.axis, rule.groups)
     except InvalidInput as error:
         raise InvalidInput(f"{name}: {error}") from error
-    if _palette_bytes(layout, rule.bits) >= 2 * layout.size:
+    if palette_size(layout, rule.bits) >= 2 * layout.size:
         return LayerPlan(name, kind, layout, None, "a palette would be no smaller than float16")
     return LayerPlan(name, kind, layout, rule.bits, lut=rule.lut, freeze=rule.freeze)
-
-
-def _palette_bytes(layout: Layout, bits: int) -> int:
-    return packed_size(layout.vectors, bits) + lut_size(layout, bits)

@@ -130,6 +130,11 @@ def lut_size(layout: Layout, bits: int) -> int:
     return 2 * layout.groups * layout.dim * (1 << bits)
 
 
+def palette_size(layout: Layout, bits: int) -> int:
+    """Bytes of a palette: packed indices and float16 LUTs."""
+    return packed_size(layout.vectors, bits) + lut_size(layout, bits)
+
+
 def to_int8_grid(lut: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
     """Round ``[groups, k, dim]`` so that each group is int8 times a power of two.
 
@@ -210,7 +215,7 @@ class Palette:
     @property
     def nbytes(self) -> int:
         """Exact payload: packed indices and the float16 LUT."""
-        return packed_size(self.layout.vectors, self.bits) + self.lut.nbytes
+        return palette_size(self.layout, self.bits)
 
     def dense(self) -> npt.NDArray[np.float32]:
         """The float32 weight: every index replaced by its centroid, times ``scale``."""

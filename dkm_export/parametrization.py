@@ -22,7 +22,7 @@ from dkm_export.errors import InvalidInput
 from dkm_export.layers import LayerPlan
 from dkm_export.palette import Layout, Palette, to_int8_grid
 from dkm_export.sharding import Part, full, version
-from dkm_export.spec import CompressionSpec, Frozen
+from dkm_export.spec import CompressionSpec, Frozen, Lut
 
 _LARGEST_FLOAT16 = 65504.0
 
@@ -92,8 +92,8 @@ class DkmWeight(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=weight.device))
         self._state(weight, Part(layer.name, weight, layer.layout))
         if sensitivity is not None:
-            sensitivity = _vectors(sensitivity.to(weight.device), self.layout).sum(-1)
-        vectors = _vectors(weight, self.layout)
+            sensitivity = vectors_of(sensitivity.to(weight.device), self.layout).sum(-1)
+        vectors = vectors_of(weight, self.layout)
         start = initial_centroids(vectors, 1 << layer.bits, seed, sensitivity)
         self.register_buffer("centroids", start)
         tau = torch.ones(self.layout.groups, 1, 1, dtype=torch.float64, device=weight.device)
@@ -139,11 +139,8 @@ class DkmWeight(nn.Module):
             )
         weight = full(weight.detach())
         self._state(weight, Part(self.names[0], weight, self.layout))
-        lut = self.centroids.half()
-        if self.lut == "int8":
-            grid = to_int8_grid(self.centroids.float().cpu().numpy())
-            lut = torch.from_numpy(grid).to(lut.device)
-        vectors = _vectors(weight, self.layout).to(self.centroids.dtype)
+        lut = rounded(self.centroids, self.lut)
+        vectors = vectors_of(weight, self.layout).to(self.centroids.dtype)
         indices = assign(vectors, lut.to(vectors.dtype))
         return Palette(
             self.bits,
@@ -160,7 +157,7 @@ class DkmWeight(nn.Module):
             self.tau.fill_(tau)
             return
         part = Part(self.names[0], weight, self.layout)
-        vectors = _vectors(part.local, part.layout)
+        vectors = vectors_of(part.local, part.layout)
         sums = torch.stack(
             [inertia(vectors, self.centroids), vectors.double().square().sum((1, 2))]
         )
@@ -179,7 +176,7 @@ class DkmWeight(nn.Module):
 
     def _soft_weight(self, part: Part, start: Tensor) -> Tensor:
         clusters = soft_cluster(
-            _vectors(part.local, part.layout),
+            vectors_of(part.local, part.layout),
             start,
             self.tau,
             self.settings.iterations,
@@ -221,7 +218,16 @@ class DkmWeight(nn.Module):
         return square, version(weight)
 
 
-def _vectors(weight: Tensor, layout: Layout) -> Tensor:
+def rounded(centroids: Tensor, lut: Lut) -> Tensor:
+    """Centroids as a LUT holds them: float16 ``[groups, 2**bits, dim]``."""
+    if lut == "float16":
+        return centroids.half()
+    grid = to_int8_grid(centroids.float().cpu().numpy())
+    return torch.from_numpy(grid).to(centroids.device)
+
+
+def vectors_of(weight: Tensor, layout: Layout) -> Tensor:
+    """A weight cut into vectors ``[groups, vectors / groups, dim]``, padded with zeros."""
     if layout.padding:
         trailing = weight.dim() - 1 - layout.axis
         weight = F.pad(weight, [0, 0] * trailing + [0, layout.padding])

@@ -1,7 +1,13 @@
 """The mathematics of differentiable k-means: tensors in, tensors out."""
 
 from dkm_export.clustering.dkm import Clusters, Gradient, Reduce, soft_cluster
-from dkm_export.clustering.kmeans import assign, inertia, initial_centroids
+from dkm_export.clustering.kmeans import (
+    assign,
+    inertia,
+    initial_centroids,
+    nearest,
+    quick_centroids,
+)
 
 __all__ = [
     "Clusters",
@@ -10,5 +16,7 @@ __all__ = [
     "assign",
     "inertia",
     "initial_centroids",
+    "nearest",
+    "quick_centroids",
     "soft_cluster",
 ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from dkm_export.clustering.optimal import optimal_centroids
+from dkm_export.clustering.optimal import optimal_tables
 
 _TILE = 1 << 22
 """Most elements of a distance table that exist at once (16 MiB of float32)."""
@@ -17,6 +17,9 @@ _SAMPLE = 1 << 16
 
 _LAST_ITERATIONS = 3
 """Iterations over all vectors, after those over a sample."""
+
+_QUICK_SAMPLE = 1 << 14
+"""The same for centroids that are only to be compared, with no iteration over all vectors."""
 
 
 def assign(vectors: Tensor, centroids: Tensor) -> Tensor:
@@ -34,6 +37,21 @@ def assign(vectors: Tensor, centroids: Tensor) -> Tensor:
     # Differences instead of products: a product's rounding could prefer the second nearest.
     exact = "donot_use_mm_for_euclid_dist"
     return torch.cat([torch.cdist(x, centroids, compute_mode=exact).argmin(-1) for x in tiles], 1)
+
+
+def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
+    """Index of the nearest centroid of each vector, many times faster than `assign`.
+
+    Where two are equally near but for rounding, it is either of them.
+
+    Args:
+        vectors: ``[groups, n, dim]`` floating point.
+        centroids: ``[groups, k, dim]``.
+
+    Returns:
+        int64 ``[groups, n]``.
+    """
+    return torch.stack([_nearest(x, c) for x, c in zip(vectors, centroids, strict=True)])
 
 
 def inertia(vectors: Tensor, centroids: Tensor) -> Tensor:
@@ -62,31 +80,68 @@ def initial_centroids(
     Returns:
         ``[groups, k, dim]``, at least float32.
     """
-    vectors = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
-    weights = [None] * len(vectors) if sensitivity is None else [*sensitivity]
     if vectors.shape[-1] == 1:
-        best = [optimal_centroids(x[:, 0], k, s) for x, s in zip(vectors, weights, strict=True)]
-        return torch.stack(best).unsqueeze(-1).to(vectors.dtype)
+        return quick_centroids(vectors, (k,), seed, sensitivity)[0]
+    vectors, weights = _widened(vectors, sensitivity)
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([_lloyd(x, k, s, generator) for x, s in zip(vectors, weights, strict=True)])
+    return torch.stack(
+        [
+            _lloyd(x, k, s, generator, _SAMPLE, _LAST_ITERATIONS)
+            for x, s in zip(vectors, weights, strict=True)
+        ]
+    )
+
+
+def quick_centroids(
+    vectors: Tensor, ks: Sequence[int], seed: int, sensitivity: Tensor | None = None
+) -> list[Tensor]:
+    """`initial_centroids` for each of several ``k``, to compare them: less work, a little worse.
+
+    Scalars share one dynamic program; of vectors only a sample is clustered.
+    """
+    vectors, weights = _widened(vectors, sensitivity)
+    pairs = list(zip(vectors, weights, strict=True))
+    if vectors.shape[-1] == 1:
+        tables = [optimal_tables(x[:, 0], ks, s) for x, s in pairs]
+        return [
+            torch.stack(best)[..., None].to(vectors.dtype) for best in zip(*tables, strict=True)
+        ]
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.stack([_lloyd(x, k, s, generator, _QUICK_SAMPLE, 0) for x, s in pairs]) for k in ks
+    ]
+
+
+def _widened(
+    vectors: Tensor, sensitivity: Tensor | None
+) -> tuple[Tensor, Sequence[Tensor] | Sequence[None]]:
+    """Vectors of at least float32, and sensitivities by group."""
+    vectors = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
+    return vectors, [None] * len(vectors) if sensitivity is None else [*sensitivity]
 
 
 def _lloyd(
-    vectors: Tensor, k: int, sensitivity: Tensor | None, generator: torch.Generator
+    vectors: Tensor,
+    k: int,
+    sensitivity: Tensor | None,
+    generator: torch.Generator,
+    most: int,
+    last_iterations: int,
 ) -> Tensor:
+    """On a sample of at most ``most`` vectors, and a few iterations on all."""
     weights = torch.ones_like(vectors[:, 0]) if sensitivity is None else sensitivity
     if not weights.any():
         weights = torch.ones_like(weights)
     weights = weights.to(vectors.dtype)
     sample, chosen = vectors, weights
-    if len(vectors) > _SAMPLE:
-        order = torch.randperm(len(vectors), generator=generator)[:_SAMPLE].to(vectors.device)
+    if len(vectors) > most:
+        order = torch.randperm(len(vectors), generator=generator)[:most].to(vectors.device)
         sample, chosen = vectors[order], weights[order]
     centroids = _plus_plus(sample, k, chosen, generator)
     centroids = _iterate(sample, centroids, chosen, iterations=25)
     if sample is vectors:
         return centroids
-    return _iterate(vectors, centroids, weights, _LAST_ITERATIONS)
+    return _iterate(vectors, centroids, weights, last_iterations)
 
 
 def _iterate(vectors: Tensor, centroids: Tensor, weights: Tensor, iterations: int) -> Tensor:
@@ -94,12 +149,12 @@ def _iterate(vectors: Tensor, centroids: Tensor, weights: Tensor, iterations: in
     previous: Tensor | None = None
     weighted = vectors * weights.unsqueeze(-1)
     for _ in range(iterations):
-        nearest = torch.cat([scores.argmax(-1) for scores, _ in _scores(vectors, centroids)])
-        if previous is not None and torch.equal(nearest, previous):
+        indices = torch.cat([scores.argmax(-1) for scores, _ in _scores(vectors, centroids)])
+        if previous is not None and torch.equal(indices, previous):
             break
-        previous = nearest
-        mass = torch.bincount(nearest, weights, len(centroids)).unsqueeze(-1)
-        sums = torch.zeros_like(centroids).index_add_(0, nearest, weighted)
+        previous = indices
+        mass = torch.bincount(indices, weights, len(centroids)).unsqueeze(-1)
+        sums = torch.zeros_like(centroids).index_add_(0, indices, weighted)
         centroids = torch.where(mass > 0, sums / mass, centroids)
     return centroids
 
@@ -119,12 +174,19 @@ def _plus_plus(vectors: Tensor, k: int, weights: Tensor, generator: torch.Genera
     return torch.stack(chosen)
 
 
+def _nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
+    if vectors.shape[-1] == 1:
+        ascending, order = centroids[:, 0].double().sort()
+        middles = (ascending[1:] + ascending[:-1]) / 2
+        return order[torch.bucketize(vectors[:, 0].double(), middles)]
+    scores = _scores(vectors.to(centroids.dtype), centroids)
+    return torch.cat([tile.argmax(-1) for tile, _ in scores])
+
+
 def _inertia(vectors: Tensor, centroids: Tensor) -> Tensor:
     if vectors.shape[-1] == 1:
-        ascending = centroids[:, 0].double().sort().values
-        x = vectors[:, 0].double()
-        nearest = ascending[torch.bucketize(x, (ascending[1:] + ascending[:-1]) / 2)]
-        return (x - nearest).square().sum()
+        indices = _nearest(vectors, centroids)
+        return (vectors[:, 0].double() - centroids[indices, 0].double()).square().sum()
     distances = [
         (tile.square().sum(-1) - 2 * scores.amax(-1)).clamp_(min=0).sum(dtype=torch.float64)
         for scores, tile in _scores(vectors.to(centroids.dtype), centroids)

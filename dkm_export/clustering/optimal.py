@@ -9,6 +9,8 @@ Divergence Clustering in 1D", arXiv 1701.07204, section 2 (divide and conquer); 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -38,8 +40,20 @@ def optimal_centroids(values: Tensor, k: int, weights: Tensor | None = None) -> 
     Returns:
         float64 ``[k]``, ascending, on the device of ``values``.
     """
+    return optimal_tables(values, (k,), weights)[0]
+
+
+def optimal_tables(
+    values: Tensor, ks: Sequence[int], weights: Tensor | None = None
+) -> list[Tensor]:
+    """`optimal_centroids` for each of several ``k``, out of one dynamic program.
+
+    Clusters begin at as many places as the largest ``k`` has.
+    """
     points, mass, exponent = _points(values, weights)
-    if len(points) > k:
+    tables = {k: np.pad(points, (0, max(0, k - len(points))), mode="edge") for k in ks}
+    wanted = [k for k in ks if k < len(points)]
+    if wanted:
         # Sums run outward from the middle, where values are small and many: a tail of huge values
         # then takes no digits from any sum but its own.
         middle = len(points) // 2
@@ -48,13 +62,13 @@ def optimal_centroids(values: Tensor, k: int, weights: Tensor | None = None) -> 
         masses = _outward_sums(mass, middle)
         firsts = _outward_sums(mass * offsets, middle)
         seconds = _outward_sums(mass * offsets * offsets, middle)
-        positions = _positions(points, mass, _most_positions(k))
+        positions = _positions(points, mass, _most_positions(max(wanted)))
         sums = np.stack([s[positions] for s in (masses, firsts, seconds)])
-        cuts = positions[_best_cuts(sums, k)]
-        centroids = _polish(points, origin, masses, firsts, cuts)
-    else:
-        centroids = np.pad(points, (0, k - len(points)), mode="edge")
-    return torch.from_numpy(np.ldexp(centroids, exponent)).to(values.device)
+        begins = _best_begins(sums, max(wanted))
+        for k in wanted:
+            cuts = positions[_cuts(begins, k, len(positions) - 1)]
+            tables[k] = _polish(points, origin, masses, firsts, cuts)
+    return [torch.from_numpy(np.ldexp(tables[k], exponent)).to(values.device) for k in ks]
 
 
 def _most_positions(k: int) -> int:
@@ -109,8 +123,10 @@ def _positions(points: _Floats, mass: _Floats, most: int) -> _Ints:
     return np.concatenate(([0], np.flatnonzero(apart) + 1, [len(points)]))
 
 
-def _best_cuts(sums: _Floats, k: int) -> _Ints:
-    """The ``k + 1`` positions, first and last included, between which the clusters cost least.
+def _best_begins(sums: _Floats, k: int) -> _Ints:
+    """Where the last of the clusters that cost least begins, ``[k, positions or more]``.
+
+    By the clusters to the left of it and by the position where it ends.
 
     The best begin of the last cluster never moves left as its end moves right. Ends therefore come
     in levels, each halving the distance, and look for their begin between those of neighbours.
@@ -141,6 +157,11 @@ def _best_cuts(sums: _Floats, k: int) -> _Ints:
             begin[ends] = tried[hits[np.searchsorted(hits, heads)]]
             stride //= 2
         least = costs
+    return begins
+
+
+def _cuts(begins: _Ints, k: int, last: int) -> _Ints:
+    """The ``k + 1`` positions, first and last included, between which the clusters cost least."""
     cuts = [last]
     for before in range(k - 1, 0, -1):
         cuts.append(int(begins[before, cuts[-1]]))

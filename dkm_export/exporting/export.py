@@ -59,6 +59,27 @@ def plan_export(
         InvalidInput: when the checkpoint, a target's name or an option is wrong.
         Unsupported: when a target is not installed or cannot hold a layer.
     """
+    chosen = choose_targets(targets, settings)
+    file = find_checkpoint(checkpoint)
+    model = load_checkpoint(file)
+    for exporter, options in chosen:
+        exporter.requires(model, options)
+    return ExportPlan(file, model, chosen)
+
+
+def choose_targets(
+    targets: Sequence[str], settings: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[tuple[Exporter[Any], Frozen]]:
+    """Exporters by name, with their options.
+
+    Args:
+        targets: names of exporters; ``all`` means every one.
+        settings: options by target, as text or JSON values.
+
+    Raises:
+        InvalidInput: when a name or an option is wrong.
+        Unsupported: when a target is not installed.
+    """
     exporters: dict[str, Exporter[Any]] = discover(EXPORTERS)
     chosen = select(exporters, exporters if "all" in targets else targets, "target")
     for exporter in chosen:
@@ -69,17 +90,14 @@ def plan_export(
     names = [exporter.target for exporter in chosen]
     for target in settings.keys() - set(names):
         raise InvalidInput(f"option for '{target}', which is no chosen target: {', '.join(names)}")
-    file = find_checkpoint(checkpoint)
-    model = load_checkpoint(file)
-    agreed = []
+    found = []
     for exporter in chosen:
         try:
             options = exporter.options.model_validate(settings.get(exporter.target, {}))
         except ValidationError as error:
             raise InvalidInput(f"{exporter.target}: {explain(error, exporter.options)}") from error
-        exporter.requires(model, options)
-        agreed.append((exporter, options))
-    return ExportPlan(file, model, agreed)
+        found.append((exporter, options))
+    return found
 
 
 def export(

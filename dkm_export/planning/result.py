@@ -74,3 +74,10 @@ class Plan(Frozen):
     layers: tuple[PlannedLayer, ...]
     front: tuple[Point, ...]
     uniform: tuple[Point, ...]
+
+    @property
+    def point(self) -> Point:
+        """The plan itself, to be shown among the others."""
+        return Point(
+            name="this plan", bytes=sum(layer.bytes for layer in self.layers), error=self.error
+        )

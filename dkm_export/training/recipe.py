@@ -141,9 +141,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InvalidInput: when the file is missing or not TOML, or a key or value is wrong.
     """
-    data = read_toml(path)
-    for override in overrides:
-        _override(data, override)
+    data = read_recipe(path, overrides)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -165,6 +163,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         "arguments": {**recipe.model.arguments, "config": read_config(folder / CONFIG)},
     }
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=update)})
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The TOML of a recipe as it is, with ``overrides`` applied.
+
+    Raises:
+        InvalidInput: when the file is missing or not TOML, or an override is none.
+    """
+    data = read_toml(path)
+    for override in overrides:
+        _override(data, override)
+    return data
 
 
 def _override(data: dict[str, Any], text: str) -> None:

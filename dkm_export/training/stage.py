@@ -85,13 +85,8 @@ def run_recipe(
             to be, or the training diverges.
         DkmError: when the processes come to different weights.
     """
-    torch.manual_seed(recipe.seed)
-    # The tails of the attention are denormal numbers, which CPUs compute slowly.
-    torch.set_flush_denormal(True)
     with together(world):
-        model = _load_model(recipe)
-        task = recipe.task.load() if recipe.task else None
-        _try_out(model, task, recipe)
+        model, task = _load(recipe)
         folds = _folds(model, recipe, world)
         standing = resume.standing(recipe) if resume else None
     if any(other != standing for other in gather(standing, world)):
@@ -136,6 +131,30 @@ def run_recipe(
             account=account(palettized),
         ),
     )
+
+
+def float_model(recipe: Recipe, progress: Progress) -> tuple[nn.Module, Task | None, float | None]:
+    """The model that `run_recipe` would palettize, on one CPU, in eval mode.
+
+    Returns:
+        The model with its batch norms folded if the recipe wants that, the task, and the metric.
+
+    Raises:
+        InvalidInput: as `run_recipe`.
+    """
+    model, task = _load(recipe)
+    folds = _folds(model, recipe)
+    run = Run(recipe, model, task, progress, ALONE, None, "") if task else None
+    fp32 = _train_float(run, None) if run else None
+    fold(model, folds)
+    return model.eval(), task, fp32
+
+
+def importance_of(recipe: Recipe, model: nn.Module, task: Task | None) -> dict[str, Tensor] | None:
+    """How much the weights of a `float_model` count for their centroids, if the recipe wants it."""
+    if task is None:
+        return None
+    return _sensitivity(Run(recipe, model, task, lambda *status: None, ALONE, None, ""))
 
 
 def evaluate(model: nn.Module, task: Task) -> float:
@@ -248,6 +267,17 @@ def _folds(model: nn.Module, recipe: Recipe, world: World = ALONE) -> Folds:
     if world.leads:
         folds.warn_of_others()
     return folds
+
+
+def _load(recipe: Recipe) -> tuple[nn.Module, Task | None]:
+    """The model with its weights, and the task; tried out."""
+    torch.manual_seed(recipe.seed)
+    # The tails of the attention are denormal numbers, which CPUs compute slowly.
+    torch.set_flush_denormal(True)
+    model = _load_model(recipe)
+    task = recipe.task.load() if recipe.task else None
+    _try_out(model, task, recipe)
+    return model, task
 
 
 def _load_model(recipe: Recipe) -> nn.Module:

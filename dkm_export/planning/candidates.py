@@ -1,0 +1,244 @@
+"""What each layer can choose from: settings that fit its shape and that every target can hold."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Self
+
+import numpy as np
+from torch import nn
+
+from dkm_export.errors import InvalidInput, Unsupported
+from dkm_export.exporting import Exporter
+from dkm_export.layers import plan
+from dkm_export.palette import (
+    MAX_BITS,
+    MAX_DIM,
+    Layout,
+    Palette,
+    lut_size,
+    packed_size,
+    palette_size,
+)
+from dkm_export.spec import CompressionSpec, Frozen, LayerKind, LayerRule
+
+Targets = Sequence[tuple[Exporter[Any], Frozen]]
+"""Exporters with their options."""
+
+DENSE = "dense"
+"""How a weight without a palette is called on the command line."""
+
+_DENSE_BELOW = 4096
+"""Weights: where a LUT takes a notable share of the bytes."""
+
+_SETTING = re.compile(r"(\d{1,3})/(\d{1,3})(?:/(\d{1,9}))?")
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """Bits, dim and groups of a palette; as text ``4/2``, or ``4/2/8`` with 8 groups."""
+
+    bits: int
+    dim: int = 1
+    groups: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the text of a setting.
+
+        Raises:
+            InvalidInput: when it is none.
+        """
+        match = _SETTING.fullmatch(text)
+        numbers = [int(number) for number in match.groups(default="1")] if match else [0, 0, 0]
+        found = cls(*numbers)
+        if not (1 <= found.bits <= MAX_BITS and 1 <= found.dim <= MAX_DIM and found.groups):
+            raise InvalidInput(
+                f"'{text}' is no setting: write bits/dim or bits/dim/groups, bits 1 to {MAX_BITS}, "
+                f"dim 1 to {MAX_DIM}, or {DENSE}"
+            )
+        return found
+
+    def __str__(self) -> str:
+        groups = f"/{self.groups}" if self.groups > 1 else ""
+        return f"{self.bits}/{self.dim}{groups}"
+
+
+DEFAULT_SETTINGS = (
+    *(Setting(bits, 1) for bits in (1, 2, 3, 4, 5, 6, 8)),
+    *(Setting(bits, 1, 8) for bits in (1, 2, 3, 4)),
+    *(Setting(bits, 2) for bits in (2, 3, 4, 5, 6, 7)),
+    *(Setting(bits, 4) for bits in (3, 4, 5, 6, 8)),
+    *(Setting(bits, 8) for bits in (4, 6, 8)),
+)
+"""What layers choose from unless told otherwise."""
+
+Pins = Sequence[tuple[str, Setting | None]]
+"""Patterns over parameter names with the setting of the layers they match; None is dense."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer and what it can choose from.
+
+    Attributes:
+        names: its full parameter name, and those of layers that share the weight.
+        rule: of the recipe, which gives axis, lut and freeze.
+        settings: None stands for a dense weight.
+    """
+
+    names: tuple[str, ...]
+    kind: LayerKind
+    shape: tuple[int, ...]
+    rule: LayerRule
+    settings: tuple[Setting | None, ...]
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return Layout(self.shape).size
+
+    def layout(self, setting: Setting) -> Layout:
+        """How the weight is cut."""
+        return Layout(self.shape, setting.dim, self.rule.axis, setting.groups)
+
+    def nbytes(self, setting: Setting | None) -> int:
+        """Packed indices and float16 LUTs, or the float32 weight."""
+        if setting is None:
+            return 4 * self.size
+        return palette_size(self.layout(setting), setting.bits)
+
+    def rules(self, setting: Setting | None) -> list[LayerRule]:
+        """The rules of a spec that give this setting to the layer, by each of its names."""
+        patterns = [glob.escape(name) for name in self.names]
+        if setting is None:
+            return [LayerRule(pattern=pattern, skip=True) for pattern in patterns]
+        update = {"kinds": None, "bits": setting.bits, "dim": setting.dim, "groups": setting.groups}
+        return [self.rule.model_copy(update={"pattern": pattern} | update) for pattern in patterns]
+
+
+def candidates(
+    model: nn.Module,
+    spec: CompressionSpec,
+    settings: Sequence[Setting],
+    pins: Pins,
+    targets: Targets,
+) -> list[Candidate]:
+    """The layers that the rules of ``spec`` give a palette, each with what it can choose from.
+
+    Small layers may also stay dense. Left out is what is never worth it: a LUT larger than its
+    indices.
+
+    Raises:
+        InvalidInput: when a pin matches no layer or does not fit it, or no layer may have a
+            palette.
+        Unsupported: when a target holds no setting of a layer, or not its pin.
+    """
+    layers = plan(model, spec)
+    small = spec.model_copy(update={"small_layer_size": 0})
+    ties: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.tied_to:
+            ties.setdefault(layer.tied_to, []).append(layer.name)
+    found = []
+    for layer in layers:
+        rule = small.rule_for(layer.name, layer.kind, layer.layout.size)
+        if rule is None or layer.tied_to:
+            continue
+        names = (layer.name, *ties.get(layer.name, ()))
+        pinned = _pinned(names, pins)
+        free = (*settings, None) if layer.layout.size < _DENSE_BELOW else settings
+        offered = pinned or free
+        candidate = Candidate(names, layer.kind, layer.layout.shape, rule, ())
+        found.append(_offer(candidate, offered, targets, pinned=bool(pinned)))
+    _require_matches(pins, [name for candidate in found for name in candidate.names])
+    if not found:
+        raise InvalidInput(
+            "no layer may have a palette: the recipe's compression.rules say which ones may"
+        )
+    return found
+
+
+def _offer(
+    candidate: Candidate,
+    offered: Sequence[Setting | None],
+    targets: Targets,
+    *,
+    pinned: bool,
+) -> Candidate:
+    kept: list[Setting | None] = []
+    refused = ""
+    for setting in offered:
+        if setting is None:
+            kept.append(None)
+            continue
+        try:
+            layout = candidate.layout(setting)
+        except InvalidInput as error:
+            if pinned:
+                raise InvalidInput(f"{candidate.name}: {error}") from error
+            continue
+        if not pinned and not _worth_it(layout, setting.bits):
+            continue
+        reason = _refusal(layout, setting.bits, targets)
+        refused = refused or reason
+        if not reason:
+            kept.append(setting)
+        elif pinned:
+            raise Unsupported(f"{candidate.name}: {reason}")
+    if not kept:
+        raise Unsupported(
+            f"{candidate.name}: nothing can be held of what it could choose from: "
+            f"{refused or 'LUTs would be larger than indices'}; offer others, or exclude it"
+        )
+    return replace(candidate, settings=tuple(kept))
+
+
+def _worth_it(layout: Layout, bits: int) -> bool:
+    indices, lut = packed_size(layout.vectors, bits), lut_size(layout, bits)
+    return lut <= indices and palette_size(layout, bits) < 2 * layout.size
+
+
+def _refusal(layout: Layout, bits: int, targets: Targets) -> str:
+    """Why a target cannot hold such a palette, or an empty string."""
+    lut = np.zeros((layout.groups, 1 << bits, layout.dim), np.float16)
+    palette = Palette(bits, layout, lut, np.zeros(layout.index_shape, np.uint8))
+    for exporter, options in targets:
+        reason = exporter.refusal(palette, options)
+        if reason:
+            return f"{exporter.target}: {reason}"
+    return ""
+
+
+def _pinned(names: Sequence[str], pins: Pins) -> tuple[Setting | None, ...]:
+    """The setting of the last pin that matches one of the names; nothing when none does."""
+    for pattern, setting in reversed(pins):
+        if any(fnmatchcase(name, pattern) for name in names):
+            return (setting,)
+    return ()
+
+
+def _require_matches(pins: Pins, names: Sequence[str]) -> None:
+    for pattern, _ in pins:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InvalidInput(
+                f"pattern '{pattern}' matches no layer that may have a palette, "
+                f"these may: {', '.join(names)}"
+            )
+
+
+def spec_of(
+    chosen: Mapping[str, Setting | None], layers: Sequence[Candidate], spec: CompressionSpec
+) -> CompressionSpec:
+    """The spec that gives every layer what was chosen for it, and leaves all others dense."""
+    rules = tuple(rule for layer in layers for rule in layer.rules(chosen[layer.name]))
+    return spec.model_copy(update={"rules": rules, "small_layer_size": 0})

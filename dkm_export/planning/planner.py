@@ -1,0 +1,333 @@
+"""From a recipe and a budget to the recipe that makes the most of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dkm_export.compress import prepare
+from dkm_export.errors import InvalidInput
+from dkm_export.palettized import ModelSource
+from dkm_export.planning.allocation import Allocation, Options, allocate, front, lower_bound
+from dkm_export.planning.candidates import (
+    DEFAULT_SETTINGS,
+    Candidate,
+    Pins,
+    Setting,
+    Targets,
+    candidates,
+    spec_of,
+)
+from dkm_export.planning.mockup import artifact_bytes, mock_up
+from dkm_export.planning.result import Plan, PlannedLayer, Point
+from dkm_export.planning.sensitivity import Calibration, Outputs, Progress
+from dkm_export.planning.table import Method, Sensitivities, sensitivities
+from dkm_export.spec import CompressionSpec
+from dkm_export.task import Task, batches_of, user_code
+from dkm_export.training.recipe import Recipe
+from dkm_export.training.stage import evaluate, float_model, importance_of
+
+_BATCHES = 8
+"""Batches that the calibration examples come in."""
+
+_CLOSE = 0.002
+"""Share of the budget that may stay unused before another mock-up is tried."""
+
+_MOST_MOCK_UPS = 8
+
+_TEMPERATURE = 1.0
+"""Of outputs whose divergence is measured, for tasks that have such a thing."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the plan has to keep to; one of these.
+
+    Attributes:
+        limit: bytes that no target's artifact may exceed.
+        bits_per_weight: bits of indices and LUTs for each weight that may have a palette.
+        max_drop: how far the task's metric may fall without fine-tuning.
+    """
+
+    limit: int | None = None
+    bits_per_weight: float | None = None
+    max_drop: float | None = None
+
+    def __str__(self) -> str:
+        if self.limit is not None:
+            return f"at most {self.limit:,} bytes"
+        if self.bits_per_weight is not None:
+            return f"{self.bits_per_weight:g} bits per weight"
+        return f"a metric at most {self.max_drop:g} lower, without fine-tuning"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `make_plan` is asked beside the recipe and the budget.
+
+    Attributes:
+        targets: that have to hold every setting, and whose artifacts are measured.
+        settings: that layers choose from.
+        pins: layers whose setting is given.
+        method: how errors are found.
+        examples: inputs of the training split to measure sensitivities on.
+        file: of sensitivities; see `table`.
+    """
+
+    targets: Targets = ()
+    settings: Sequence[Setting] = DEFAULT_SETTINGS
+    pins: Pins = ()
+    method: Method = "gradients"
+    examples: int = 128
+    file: Path | None = None
+    verbose: bool = False
+
+
+def make_plan(
+    recipe: Recipe, budget: Budget, question: Question, progress: Progress
+) -> tuple[Plan, CompressionSpec]:
+    """The best setting for every layer that the recipe's rules give a palette.
+
+    Trains the float model first when the recipe says so.
+
+    Raises:
+        InvalidInput: when the recipe, a pin or the file of sensitivities is wrong, or nothing fits
+            the budget.
+        Unsupported: when a target cannot hold or express the model.
+    """
+    model, task, fp32 = float_model(recipe, progress)
+    layers = candidates(
+        model, recipe.compression, question.settings, question.pins, question.targets
+    )
+    calibration, words = _calibration(recipe, model, task, question.examples)
+
+    found = sensitivities(calibration, layers, question.method, question.file, progress)
+    planner = _Planner(recipe, model, layers, found, question, progress)
+    if budget.limit is not None:
+        chosen, sizes = planner.within(budget.limit)
+    else:
+        if budget.bits_per_weight is not None:
+            chosen = planner.at_rate(budget.bits_per_weight)
+        else:
+            assert budget.max_drop is not None
+            chosen = planner.with_metric(task, fp32, budget.max_drop)
+        sizes = planner.sizes(chosen)
+    return planner.describe(chosen, sizes, budget, words), planner.spec(chosen)
+
+
+class _Planner:
+    """Knows what layers can choose from and what it costs."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        layers: Sequence[Candidate],
+        found: Sensitivities,
+        question: Question,
+        progress: Progress,
+    ) -> None:
+        self._recipe, self._model, self._layers = recipe, model, layers
+        self._source: ModelSource = recipe.source()
+        self._found, self._question, self._progress = found, question, progress
+        self._options = [
+            Options(
+                [layer.nbytes(setting) for setting in layer.settings],
+                [found.error(layer, setting) for setting in layer.settings],
+            )
+            for layer in layers
+        ]
+
+    def spec(self, chosen: Allocation) -> CompressionSpec:
+        """As a recipe has it."""
+        settings = {
+            layer.name: layer.settings[choice]
+            for layer, choice in zip(self._layers, chosen.choices, strict=True)
+        }
+        return spec_of(settings, self._layers, self._recipe.compression)
+
+    def sizes(self, chosen: Allocation) -> dict[str, int]:
+        """Bytes of the artifacts, by target."""
+        mock = mock_up(self._model, self._source, self.spec(chosen))
+        return artifact_bytes(mock, self._question.targets, verbose=self._question.verbose)
+
+    def within(self, limit: int) -> tuple[Allocation, dict[str, int]]:
+        """The best plan whose artifacts have at most ``limit`` bytes, and their sizes.
+
+        What a file takes beside its weights depends a little on their settings, so that plan and
+        mock-up take turns.
+        """
+        best: tuple[Allocation, dict[str, int]] | None = None
+        room, smallest = limit, 0
+        seen = set()
+        for attempt in range(1, _MOST_MOCK_UPS + 1):
+            chosen = allocate(self._options, room)
+            if chosen is None:
+                chosen = min(front(self._options), key=lambda point: point.cost)
+            if chosen.choices in seen:
+                break
+            seen.add(chosen.choices)
+            self._progress("mock-up of the artifacts", attempt, _MOST_MOCK_UPS)
+            sizes = self.sizes(chosen)
+            left = limit - max(sizes.values())
+            if left >= 0 and (best is None or chosen.error < best[0].error):
+                best = chosen, sizes
+            if 0 <= left <= _CLOSE * limit:
+                break
+            smallest = max(sizes.values())
+            room = chosen.cost + left
+        if best is None:
+            raise InvalidInput(
+                f"nothing fits into {limit:,} bytes: with the smallest settings it is "
+                f"{smallest:,}: allow more, or smaller settings with --settings"
+            )
+        return best
+
+    def at_rate(self, bits_per_weight: float) -> Allocation:
+        """The best plan with so many bits for each weight of its layers."""
+        weights = sum(layer.size for layer in self._layers)
+        chosen = allocate(self._options, int(bits_per_weight * weights / 8))
+        if chosen is None:
+            smallest = front(self._options)[0].cost * 8 / weights
+            raise InvalidInput(
+                f"{bits_per_weight:g} bits per weight are too few: the smallest settings take "
+                f"{smallest:.3f}"
+            )
+        return chosen
+
+    def with_metric(self, task: Task | None, fp32: float | None, max_drop: float) -> Allocation:
+        """The smallest plan of the front whose metric is at most ``max_drop`` below ``fp32``."""
+        if task is None or fp32 is None:
+            raise InvalidInput("a budget of the metric needs a recipe with a task")
+        points = front(self._options)
+        low, high = 0, len(points) - 1
+        rounds = len(points).bit_length()
+        for done in range(1, rounds + 1):
+            middle = high if done == 1 else (low + high) // 2
+            metric = self._metric(points[middle], task)
+            self._progress(f"metric {metric:.2f} of {fp32:.2f}", done, rounds)
+            if fp32 - metric <= max_drop:
+                high = middle
+            elif done == 1:
+                raise InvalidInput(
+                    f"no plan keeps the metric within {max_drop:g} of {fp32:.2f}: the best "
+                    f"settings reach {metric:.2f} without fine-tuning"
+                )
+            else:
+                low = middle + 1
+            if low >= high:
+                break
+        return points[high]
+
+    def describe(
+        self, chosen: Allocation, sizes: Mapping[str, int], budget: Budget, words: str
+    ) -> Plan:
+        """All that is known of the plan."""
+        planned = []
+        for layer, choice in zip(self._layers, chosen.choices, strict=True):
+            setting = layer.settings[choice]
+            planned.append(
+                PlannedLayer(
+                    name=layer.name,
+                    kind=layer.kind,
+                    shape=layer.shape,
+                    bits=setting.bits if setting else None,
+                    dim=setting.dim if setting else 1,
+                    groups=setting.groups if setting else 1,
+                    bytes=layer.nbytes(setting),
+                    error=self._found.error(layer, setting),
+                )
+            )
+        return Plan(
+            model=self._source.name,
+            calibration=words,
+            budget=str(budget),
+            limit=budget.limit,
+            bytes=dict(sizes),
+            error=chosen.error,
+            bound=lower_bound(self._options, chosen.cost),
+            layers=tuple(planned),
+            front=tuple(Point(bytes=x.cost, error=x.error) for x in front(self._options)),
+            uniform=tuple(self._uniform()),
+        )
+
+    def _metric(self, chosen: Allocation, task: Task) -> float:
+        model = deepcopy(self._model)
+        importance = importance_of(self._recipe, model, task)
+        prepare(
+            model,
+            self.spec(chosen),
+            self._recipe.dkm,
+            seed=self._recipe.seed,
+            sensitivity=importance,
+        )
+        return evaluate(model.eval(), task)
+
+    def _uniform(self) -> Iterator[Point]:
+        """What a recipe with one rule for all layers would come to."""
+        spec = self._recipe.compression
+        small = Setting(spec.small_layer_bits)
+        for setting in dict.fromkeys(x for layer in self._layers for x in layer.settings if x):
+            if setting.groups > 1:
+                continue
+            choices = []
+            for layer in self._layers:
+                own = small if layer.size < spec.small_layer_size else setting
+                choices.append(own if own in layer.settings else None)
+            large = [
+                choice
+                for layer, choice in zip(self._layers, choices, strict=True)
+                if layer.size >= spec.small_layer_size
+            ]
+            if large and None not in large:
+                pairs = list(zip(self._layers, choices, strict=True))
+                yield Point(
+                    name=str(setting),
+                    bytes=sum(layer.nbytes(choice) for layer, choice in pairs),
+                    error=sum(self._found.error(layer, choice) for layer, choice in pairs),
+                )
+
+
+def _calibration(
+    recipe: Recipe, model: nn.Module, task: Task | None, examples: int
+) -> tuple[Calibration, str]:
+    """What sensitivities are measured on, also in words."""
+    count = max(1, examples // _BATCHES)
+    if task is None:
+        generator = torch.Generator().manual_seed(recipe.seed)
+        inputs = [tuple(x.random(generator) for x in recipe.model.inputs) for _ in range(_BATCHES)]
+        calibration = Calibration(model, inputs, _relative_error, recipe.seed)
+        return calibration, f"{_BATCHES} random inputs: the recipe has no task"
+    batches = batches_of(task, "train", count, recipe.seed)
+    inputs = [batch for batch, _ in islice(batches, _BATCHES)]
+    total = sum(len(batch[0]) for batch in inputs)
+    calibration = Calibration(
+        model, inputs, _divergence_of(task), recipe.seed, importance_of(recipe, model, task)
+    )
+    return calibration, f"{total} examples of the training split"
+
+
+def _divergence_of(task: Task) -> Callable[[Outputs, Outputs], Tensor]:
+    name = f"task '{type(task).__name__}': its distillation"
+
+    def divergence(outputs: Outputs, references: Outputs) -> Tensor:
+        with user_code(name):
+            return task.distillation(outputs[0], references[0], _TEMPERATURE)
+
+    return divergence
+
+
+def _relative_error(outputs: Outputs, references: Outputs) -> Tensor:
+    """Squared, of all outputs, relative to their variance."""
+    terms = [
+        (ours - theirs).square().mean() / theirs.var(correction=0).clamp(min=1e-12)
+        for ours, theirs in zip(outputs, references, strict=True)
+        if theirs.is_floating_point()
+    ]
+    return torch.stack(terms).sum()
