@@ -1,0 +1,299 @@
+"""Plans beside uniform recipes of the same size: ``python benchmarks/planning.py PART``.
+
+PART is ``glyphs`` or ``minilm`` (accuracy after training and without, three seeds), ``sizes``
+(predicted bytes of all targets beside those of the files) or ``speed`` (ResNet-50). Each writes its
+section of benchmarks/planning.md and exits with 1 when a plan is worse than the uniform recipe, too
+large or too small, wrongly predicted or too slow. On two cores they take about two hours together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.measuring import PeakMemory, machine, table, write_report
+from benchmarks.minilm import TEST_PACKAGES, TRAIN_PACKAGES, recipe_of, sentences
+from benchmarks.networks import without_data
+from dkm_export.checkpoint import save_checkpoint
+from dkm_export.exporting.export import choose_targets, export
+from dkm_export.planning.candidates import DEFAULT_SETTINGS
+from dkm_export.planning.mockup import artifact_bytes, mock_up
+from dkm_export.planning.planner import Budget, Question, make_plan
+from dkm_export.quiet import quiet
+from dkm_export.spec import CompressionSpec
+from dkm_export.training.recipe import Recipe, find_recipe, load_recipe
+from dkm_export.training.stage import float_model, run_recipe
+
+REPORT = Path(__file__).with_suffix(".md")
+INTRODUCTION = """# Plans
+
+`python benchmarks/planning.py PART` wrote the sections of this page. A uniform recipe gives all
+layers the same bits and dim, and layers under 10,000 weights 8 bits, as in the DKM paper. `dkm
+plan` gets the bytes of its ONNX file as the budget, and the same float weights. Both are then
+palettized without training, and fine-tuned by the same recipe with the same batches in the same
+order. Top-1 (glyphs) and cosine to the float model's embeddings (MiniLM) are of the test split,
+which the plan does not see: the mean over three seeds, and the lowest and highest. A seed decides
+the float weights (glyphs), the examples that the plan is made from, the batches and the initial
+centroids.
+"""
+
+UNIFORM = ((2, 1), (4, 4), (4, 1), (3, 1))
+SEEDS = (0, 1, 2)
+TARGETS = ("onnx", "coreml", "executorch")
+LEAST = 0.99
+"""Share of the budget that a plan has to use."""
+
+MINILM_SENTENCES = (512, 300)
+MINILM = ("dkm.epochs=1",)
+
+SPEED_SECONDS, SPEED_BYTES = 180, 3e9
+"""What planning ResNet-50 may take."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One uniform setting with one seed.
+
+    Attributes:
+        budget: bytes of the uniform recipe's ONNX file.
+        planned: bytes of the plan's, exported after the training.
+        metrics: uniform and plan without training, uniform and plan after it.
+    """
+
+    setting: str
+    budget: int
+    planned: int
+    metrics: tuple[float, float, float, float]
+
+
+def silent(*status: object) -> None:
+    """No progress."""
+
+
+def glyphs(folder: Path, seed: int) -> Recipe:
+    """The recipe `glyphs` with float weights of the seed, trained here."""
+    recipe = load_recipe(find_recipe("glyphs"), [f"seed={seed}"])
+    model, _, _ = float_model(recipe, silent)
+    weights = folder / "glyphs.safetensors"
+    save_file(model.state_dict(), weights)
+    return load_recipe(
+        find_recipe("glyphs"), [f"seed={seed}", "train.epochs=0", f"model.weights='{weights}'"]
+    )
+
+
+def minilm(folder: Path, seed: int) -> Recipe:
+    """The recipe `sentence_encoder` with the package's weights and few sentences."""
+    for split, packages, count in zip(
+        ("train", "test"), (TRAIN_PACKAGES, TEST_PACKAGES), MINILM_SENTENCES, strict=True
+    ):
+        (folder / f"{split}.txt").write_text("\n".join(sentences(packages, count)))
+    return recipe_of(folder, 4, 1, [*MINILM, f"seed={seed}"])
+
+
+def compressed(recipe: Recipe, spec: CompressionSpec, *, trained: bool) -> tuple[Any, float]:
+    """The palettized model and its metric."""
+    update: dict[str, object] = {"compression": spec}
+    if not trained:
+        update["dkm"] = recipe.dkm.model_copy(update={"epochs": 0, "warmup_epochs": 0.0})
+    model, metrics = run_recipe(recipe.model_copy(update=update), silent)
+    assert metrics.hard is not None
+    return model, metrics.hard
+
+
+def uniform(bits: int, dim: int) -> CompressionSpec:
+    """One rule for all layers."""
+    return CompressionSpec.model_validate({"rules": [{"bits": bits, "dim": dim}]})
+
+
+def compare(make: Callable[[Path, int], Recipe], seed: int) -> list[Row]:
+    """All settings with one seed; in a process of its own with one thread."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    started = perf_counter()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        recipe = make(folder, seed)
+        targets = choose_targets(["onnx"])
+        model, _, _ = float_model(recipe, silent)
+        for bits, dim in UNIFORM:
+            spec = uniform(bits, dim)
+            mock = mock_up(model, recipe.source(), spec)
+            budget = artifact_bytes(mock, targets, verbose=False)["onnx"]
+            question = Question(targets, file=folder / "sensitivities.json")
+            _, planned = make_plan(recipe, Budget(limit=budget), question, silent)
+            metrics = [
+                compressed(recipe, which, trained=trained)
+                for trained in (False, True)
+                for which in (spec, planned)
+            ]
+            real = artifact_bytes(metrics[-1][0], targets, verbose=False)["onnx"]
+            values = tuple(metric for _, metric in metrics)
+            row = Row(f"{bits}/{dim}", budget, real, values)  # type: ignore[arg-type]
+            rows.append(row)
+            minutes = (perf_counter() - started) / 60
+            print(f"{minutes:.1f} min: seed {seed}: {row}", file=sys.stderr, flush=True)
+    return rows
+
+
+def accuracy(make: Callable[[Path, int], Recipe], facts: str) -> tuple[str, list[str]]:
+    """The section of a network, and what is not as it should be."""
+    # one thread each: threads of one small network wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        seeds = list(pool.map(compare, [make] * len(SEEDS), SEEDS))
+    lines, problems = [], []
+    for rows in zip(*seeds, strict=True):
+        setting = rows[0].setting
+        columns = [[row.metrics[index] for row in rows] for index in range(4)]
+        for (ours, theirs), when in zip(
+            ((columns[1], columns[0]), (columns[3], columns[2])), ("without", "after"), strict=True
+        ):
+            if mean(ours) < mean(theirs):
+                problems.append(f"{setting} {when} training: {mean(ours)} < {mean(theirs)}")
+        for row in rows:
+            if not LEAST * row.budget <= row.planned <= row.budget:
+                problems.append(f"{setting}: {row.planned} bytes of {row.budget}")
+        used = [100 * row.planned / row.budget for row in rows]
+        lines.append(
+            (
+                setting,
+                f"{rows[0].budget:,} B",
+                f"{min(used):.2f}..{max(used):.2f} %",
+                *(f"{mean(c):.2f} ({min(c):.2f}..{max(c):.2f})" for c in columns),
+            )
+        )
+    header = (
+        "uniform setting",
+        "ONNX file",
+        "used by the plan",
+        "uniform, no training",
+        "plan, no training",
+        "uniform, fine-tuned",
+        "plan, fine-tuned",
+    )
+    return f"{facts}\n\n{table(header, lines)}", problems
+
+
+def glyphs_section() -> tuple[str, list[str]]:
+    """62 characters."""
+    recipe = load_recipe(find_recipe("glyphs"))
+    facts = f"Glyphs, top-1 in percent; {recipe.dkm.epochs} epochs of fine-tuning."
+    return accuracy(glyphs, facts)
+
+
+def minilm_section() -> tuple[str, list[str]]:
+    """A real sentence encoder."""
+    train, test = MINILM_SENTENCES
+    facts = (
+        "all-MiniLM-L6-v2, cosine to its own float embeddings in percent; fine-tuned for one "
+        f"epoch of only {train} sentences, tested on {test}."
+    )
+    return accuracy(minilm, facts)
+
+
+def sizes_section() -> tuple[str, list[str]]:
+    """Bytes that were predicted, beside those of the files."""
+    lines, problems = [], []
+    for name, rules in (
+        ("digits", "{bits=4,dim=2}"),
+        ("glyphs", "{bits=3}"),
+        ("mobilenet_v1_imagenet", "{bits=4,dim=4}"),
+        ("mobilenet_v2_imagenet", "{bits=2}"),
+        ("resnet18_imagenet", "{bits=4,dim=4}"),
+        ("resnet50_imagenet", "{bits=6,dim=6}"),
+        ("distilbert_glue", "{bits=3}"),
+        ("sentence_encoder", "{bits=2}"),
+    ):
+        recipe = without_data(name, [f"compression.rules=[{rules}]"])
+        for target, predicted, real in _predicted(recipe):
+            off = 100 * (predicted / real - 1)
+            lines.append((name, target, f"{predicted:,} B", f"{real:,} B", f"{off:+.3f} %"))
+            print(lines[-1], file=sys.stderr, flush=True)
+            if abs(off) > 1:
+                problems.append(f"{name}, {target}: predicted {predicted}, is {real}")
+    facts = (
+        "Recipes with their networks at full size and one rule for all layers: bytes of a mock-up "
+        "with random palettes, from which plans predict, beside those of the file that "
+        "`dkm export` writes."
+    )
+    header = ("recipe", "target", "predicted", "exported", "off by")
+    return f"{facts}\n\n{table(header, lines)}", problems
+
+
+def _predicted(recipe: Recipe) -> Iterator[tuple[str, int, int]]:
+    """Bytes by target: of a mock-up, and of the file."""
+    model, _, _ = float_model(recipe, silent)
+    mock = mock_up(model, recipe.source(), recipe.compression)
+    real, _ = run_recipe(recipe, silent)
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")
+        save_checkpoint(real, Path(name, "model.dkm.safetensors"))
+        for target in TARGETS:
+            guess = artifact_bytes(mock, choose_targets([target]), verbose=False)[target]
+            output = Path(name, target)
+            manifest = export(Path(name), [target], output, data=None)
+            yield target, guess, manifest.artifacts[0].bytes
+
+
+def speed_section() -> tuple[str, list[str]]:
+    """How long a plan for ResNet-50 takes, and how much memory."""
+    recipe = without_data("resnet50_imagenet")
+    memory = PeakMemory(torch.device("cpu"))
+    started = perf_counter()
+    warnings.simplefilter("ignore")
+    budget = Budget(limit=3_300_000)
+    plan, _ = make_plan(recipe, budget, Question(choose_targets(["onnx"])), silent)
+    seconds, megabytes = perf_counter() - started, memory.finish()
+    content = (
+        f"`dkm plan resnet50_imagenet --budget 3.3MB --target onnx` (random weights, 224x224): "
+        f"{len(plan.layers)} layers, up to {len(DEFAULT_SETTINGS)} settings each, in "
+        f"{seconds:.0f} s and {megabytes / 1e3:.2f} GB over the memory of a Python with torch; the "
+        f"file has {plan.bytes['onnx']:,} of 3,300,000 bytes, and the error is "
+        f"{plan.error / plan.bound:.4f} times the lower bound."
+    )
+    slow = seconds > SPEED_SECONDS or megabytes * 1e6 > SPEED_BYTES
+    return content, ["slower or larger than it may be"] if slow else []
+
+
+PARTS = {
+    "glyphs": glyphs_section,
+    "minilm": minilm_section,
+    "sizes": sizes_section,
+    "speed": speed_section,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure a part and write its section; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=PARTS)
+    part = parser.parse_args(arguments).part
+    started = perf_counter()
+    content, problems = PARTS[part]()
+    minutes = (perf_counter() - started) / 60
+    content = f"{machine(torch.device('cpu'))} It took {minutes:.0f} minutes.\n\n{content}"
+    print(content)
+    write_report(REPORT, INTRODUCTION, part, content)
+    for problem in problems:
+        print(f"not as it should be: {problem}", file=sys.stderr)
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from dkm_export.planning.allocation import Options, allocate, front, lower_bound
+
+
+def random_layers(generator: np.random.Generator, layers: int, most: int) -> list[Options]:
+    return [
+        Options(
+            [int(cost) for cost in generator.integers(1, most, 4)],
+            [float(error) for error in generator.exponential(1, 4)],
+        )
+        for _ in range(layers)
+    ]
+
+
+def all_plans(layers: list[Options]) -> list[tuple[int, float]]:
+    return [
+        (
+            sum(layer.costs[option] for layer, option in zip(layers, choices, strict=True)),
+            sum(layer.errors[option] for layer, option in zip(layers, choices, strict=True)),
+        )
+        for choices in product(range(4), repeat=len(layers))
+    ]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_nothing_beats_an_allocation(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    layers = random_layers(generator, 4, 60)
+    plans = all_plans(layers)
+    for budget in (0, 30, 80, 120, 10_000):
+        fitting = [error for cost, error in plans if cost <= budget]
+        found = allocate(layers, budget)
+        if not fitting:
+            assert found is None
+            continue
+        assert found is not None
+        assert found.cost <= budget
+        assert found.error == pytest.approx(min(fitting))
+        assert lower_bound(layers, budget) <= min(fitting) * (1 + 1e-12)
+        assert found.cost == sum(
+            layer.costs[option] for layer, option in zip(layers, found.choices, strict=True)
+        )
+
+
+def test_large_budgets_are_kept_and_nearly_optimal() -> None:
+    generator = np.random.default_rng(0)
+    layers = random_layers(generator, 60, 3_000_000)
+    budget = 40_000_000
+    found = allocate(layers, budget)
+    assert found is not None
+    assert 0.999 * budget < found.cost <= budget
+    assert lower_bound(layers, budget) <= found.error <= 1.02 * lower_bound(layers, budget)
+
+
+def test_the_front_ascends_and_nothing_beats_it() -> None:
+    layers = random_layers(np.random.default_rng(3), 4, 60)
+    points = front(layers)
+    assert points == sorted(points, key=lambda point: point.cost)
+    assert points == sorted(points, key=lambda point: -point.error)
+    plans = all_plans(layers)
+    for point in points:
+        assert not any(cost <= point.cost and error < point.error - 1e-12 for cost, error in plans)
+    assert points[0].cost == min(cost for cost, _ in plans)
+    assert points[-1].error == pytest.approx(min(error for _, error in plans))
