@@ -9,7 +9,7 @@ from dataclasses import dataclass
 STATUS = "status"
 """Header of the column that holds the outcome of checks, in words."""
 
-_PASS = "pass"
+_CALM = ("pass", "-")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def number(value: float | None, form: str) -> str:
 
 
 def _status(text: str) -> str:
-    return text if text == _PASS else f"**{markdown(text)}**"
+    return text if text in _CALM else f"**{markdown(text)}**"
 
 
 def _is_number(cell: str) -> bool:
