@@ -10,6 +10,8 @@ from itertools import pairwise
 _LOG_FROM = 20.0
 """A range over so many times its least value is easier to read on a logarithmic axis."""
 
+_BYTES, _GAP = ("B", "kB", "MB", "GB", "TB"), "\N{NO-BREAK SPACE}"
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -97,33 +99,33 @@ def labels(values: Sequence[float]) -> list[str]:
 
 def counts(values: Sequence[float]) -> list[str]:
     """Ticks of an axis of counts: ``20k``."""
-    return [_scaled(value, ("", "k", "M", "G", "T"), "") for value in values]
+    return [_scaled(value, ("", "k", "M", "G", "T"), "", ".3g") for value in values]
 
 
 def sizes(values: Sequence[float]) -> list[str]:
     """Ticks of an axis of bytes: ``20 kB``."""
-    return [size(value) for value in values]
+    return [_scaled(value, _BYTES, _GAP, ".3g") for value in values]
 
 
 def size(count: float) -> str:
     """Bytes with a unit of powers of 1000, in three digits."""
-    return _scaled(count, ("B", "kB", "MB", "GB", "TB"), "\N{NO-BREAK SPACE}")
+    return _scaled(count, _BYTES, _GAP, "#.3g")
 
 
 def signed(value: float, form: str) -> str:
-    """A number with a real minus sign, and none before a zero."""
+    """A number with a real minus sign, and no sign before a zero."""
     text = format(value, form)
-    if not text.strip("-0."):
-        text = text.removeprefix("-")
+    if not text.strip("+-0."):
+        text = text.lstrip("+-")
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def _scaled(value: float, units: Sequence[str], gap: str) -> str:
+def _scaled(value: float, units: Sequence[str], gap: str, form: str) -> str:
     power = 0
     # what would be written as 1000 is 1 of the next unit
     while abs(value) >= 999.5 and power < len(units) - 1:
         value, power = value / 1000, power + 1
-    text = f"{value:.0f}" if abs(value) >= 99.95 or not power else f"{value:.3g}"
+    text = f"{value:.0f}" if abs(value) >= 99.95 or not power else format(value, form)
     return f"{text}{gap}{units[power]}"
 
 

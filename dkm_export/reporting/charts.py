@@ -67,6 +67,8 @@ class _Frame:
         marks, end = [], -1e9
         ticks = axis.ticks(most)
         for value, text in zip(ticks, label(ticks), strict=True):
+            if not text:
+                continue
             x, half = axis.at(value), 3.6 * len(text)
             marks.append(_line(x, self.bottom, x, self.bottom + 4, "axis"))
             if x - half > end + 6:
@@ -163,8 +165,7 @@ def stems(values: Sequence[tuple[float, int]], description: str) -> Markup:
             continue
         hint = tag("title", f"{signed(value, '.4g')}: {count:,} weights")
         marks.append(_line(place, frame.bottom, place, top, "stem", hint))
-        if len(values) <= 64:
-            marks.append(tag("circle", cx=place, cy=top, r=2.6, class_="bead"))
+        marks.append(tag("circle", cx=place, cy=top, r=2.6, class_="bead"))
     return frame.draw(
         description,
         frame.vertical(y, counts, "weights", 4),
@@ -199,8 +200,8 @@ def bins(
 def cloud(spots: Sequence[tuple[float, float, int]], description: str) -> Markup:
     """Discs in a plane, with an area of their count; a cross where the count is 0."""
     frame = _Frame.of(_SMALL, 220)
-    x = Axis.around([spot[0] for spot in spots], frame.left, frame.right)
-    y = Axis.around([spot[1] for spot in spots], frame.bottom, frame.top)
+    x = Axis.around([spot[0] for spot in spots], frame.left, frame.right, margin=0.12)
+    y = Axis.around([spot[1] for spot in spots], frame.bottom, frame.top, margin=0.12)
     most = max(1, *(count for _, _, count in spots))
     marks = [_zero(x, frame)]
     for first, second, count in spots:
@@ -246,6 +247,10 @@ def _names(
             (x - 9 - length, y + 4, "end"),
             (x - length / 2, y - 10, "middle"),
             (x - length / 2, y + 20, "middle"),
+            (x + 6, y - 8, "start"),
+            (x + 6, y + 17, "start"),
+            (x - 6 - length, y - 8, "end"),
+            (x - 6 - length, y + 17, "end"),
         )
         for left, base, anchor in sides:
             box = (left, base - 11, left + length, base + 3)
@@ -267,6 +272,7 @@ def _overlap(one: _Box, other: _Box) -> bool:
 
 
 def _whole(values: Sequence[float]) -> list[str]:
+    """Whole numbers only."""
     return [f"{value:.0f}" if value == round(value) else "" for value in values]
 
 

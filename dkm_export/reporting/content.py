@@ -93,7 +93,7 @@ class File:
 
 @dataclass(frozen=True)
 class Missing:
-    """What a report does not show, and how to have it shown."""
+    """What a report does not show, and in fixed words how to have it shown, code in backticks."""
 
     what: str
     how: str
@@ -272,12 +272,12 @@ def _files(sources: Sources) -> Iterator[File]:
 def _missing(sources: Sources) -> Iterator[Missing]:
     check, manifest = sources.check, sources.manifest
     if sources.metrics is None:
-        how = "--run RUN adds" if manifest else "the run's folder has no metrics.json with"
+        how = "`--run RUN` adds" if manifest else "the run's folder has no `metrics.json` with"
         yield Missing("accuracy by epoch", f"{how} what the training measured")
     if manifest is None and check is None:
         yield Missing("sizes of artifacts", "give the folder of `dkm export` instead of the run's")
     if check is None:
-        yield Missing("not checked", "--check FILE adds what runtimes computed")
+        yield Missing("not checked", "`--check FILE` adds what runtimes computed")
     elif manifest:
         paths = {artifact.path for artifact in check.artifacts}
         left = [entry.path for entry in manifest.artifacts if entry.path not in paths]
@@ -286,7 +286,7 @@ def _missing(sources: Sources) -> Iterator[Missing]:
                 f"not checked: {', '.join(left)}", "the check was of other artifacts only"
             )
     if sources.plan is None:
-        yield Missing("Pareto front", "--plan FILE adds what `dkm plan --json` printed")
+        yield Missing("Pareto front", "`--plan FILE` adds what `dkm plan --json` printed")
 
 
 def ran(check: Report) -> int:

@@ -6,8 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dkm_export.reporting.charts import glyph
-from dkm_export.reporting.markup import Child, Markup, tag
+from dkm_export.reporting.markup import Child, Markup, tag, together
 from dkm_export.tables import STATUS, Table
+
+_KINDS = {"sha256": "hash", "file": "path"}
+"""How columns of these names are set."""
 
 _GLYPHS = {"pass": "\u2713", "fail": "\u2715", "error": "!"}
 
@@ -38,16 +41,21 @@ class Bar:
 
 def section(title: str, about: Iterable[str], parts: Iterable[Child]) -> Markup:
     """A heading, what is to be known of it, and its content."""
-    words = [tag("p", text) for text in about]
+    words = [tag("p", prose(text)) for text in about]
     heading = tag("div", tag("h2", title), words, class_="about")
     return tag("section", heading, tag("div", parts, class_="body"))
+
+
+def prose(text: str) -> Markup:
+    """A sentence with code in backticks."""
+    return together(tag("code", x) if i % 2 else x for i, x in enumerate(text.split("`")))
 
 
 def table(content: Table, label: str) -> Markup:
     """A table that scrolls inside of the page."""
     numeric = content.numeric
     kinds = [
-        "hash" if name == "sha256" else "number" if number else None
+        _KINDS.get(name, "number" if number else None)
         for name, number in zip(content.header, numeric, strict=True)
     ]
     head = [
@@ -60,10 +68,7 @@ def table(content: Table, label: str) -> Markup:
         rows.append(
             tag(
                 "tr",
-                [
-                    tag("td", status(x) if name == STATUS else x, class_=kind)
-                    for name, x, kind in cells
-                ],
+                [tag("td", _cell(name, x), class_=kind) for name, x, kind in cells],
             )
         )
     whole = tag("table", tag("thead", tag("tr", head)), tag("tbody", rows))
@@ -121,6 +126,22 @@ def notes(lines: Iterable[tuple[str, str]]) -> Markup:
     """Statuses with a text each."""
     items = [tag("li", status(word), tag("span", text)) for word, text in lines]
     return tag("ul", items, class_="notes")
+
+
+def _cell(name: str, text: str) -> Markup:
+    if name == STATUS:
+        return status(text)
+    if name == "file":
+        return _breaking(text, "/")
+    if name == "sha256":
+        return together(text[:32], tag("br"), text[32:])
+    return together(text)
+
+
+def _breaking(text: str, after: str) -> Markup:
+    """Text whose line may end after a sign."""
+    first, *rest = text.split(after)
+    return together(first, ((after, tag("wbr"), part) for part in rest))
 
 
 def _small(text: str) -> Markup | None:

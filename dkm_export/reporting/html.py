@@ -9,7 +9,7 @@ from dkm_export.errors import ExitCode
 from dkm_export.reporting import tables
 from dkm_export.reporting.axes import size
 from dkm_export.reporting.content import Content, ran
-from dkm_export.reporting.elements import fold, section, table
+from dkm_export.reporting.elements import fold, prose, section, table
 from dkm_export.reporting.markup import Markup, tag
 from dkm_export.reporting.sections import (
     accuracy_section,
@@ -79,16 +79,16 @@ def _facts(content: Content) -> Markup:
             size(content.checkpoint_bytes),
             f"of {size(content.fp32_bytes)} in float32",
         ),
-        _fact("Smaller by", f"{content.ratio:.1f}x", counted),
+        _fact("Compression", f"{content.ratio:.1f}x", counted),
     ]
     if content.hard is None:
-        facts.append(_fact("Accuracy", "not measured", "the model has no task"))
+        facts.append(_fact("Metric", "not measured", "the model has no task"))
     else:
-        after = f"{content.metric_name}, {change} by palettizing" if change else content.metric_name
         values = [
             tables.metric(value) for value in (content.fp32, content.hard) if value is not None
         ]
-        facts.append(_fact("Accuracy", " → ".join(values), after))
+        note = f"{change} by palettizing" if change else "after palettizing"
+        facts.append(_fact(content.metric_name, " → ".join(values), note))
     facts.append(_checks(content))
     return tag("ul", facts, class_="facts")
 
@@ -112,7 +112,7 @@ def _absent(content: Content) -> Markup | None:
     if not content.missing:
         return None
     lines = [
-        tag("li", tag("b", f"{missing.what[:1].upper()}{missing.what[1:]}"), f": {missing.how}")
+        tag("li", tag("b", f"{missing.what[:1].upper()}{missing.what[1:]}: "), prose(missing.how))
         for missing in content.missing
     ]
     return tag("ul", lines, class_="absent", aria_label="Not in this report")

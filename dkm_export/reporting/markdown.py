@@ -34,7 +34,7 @@ def markdown(content: Content) -> str:
     parts = [
         f"# {text(content.name)}: palettization report",
         f"{text(lede(content))} **{checked}**",
-        "\n".join(f"- {text(f'{x.what}: {x.how}')}" for x in content.missing),
+        "\n".join(f"- {text(x.what)}: {x.how}" for x in content.missing),
         "## Size by target",
         tables.target_table(content).markdown(),
         _fold("by kind, and as the DKM paper counts", tables.account_table(content)),

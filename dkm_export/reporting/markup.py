@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Iterable
 
-_VOID = {"meta", "link", "br", "col"}
+_VOID = {"br", "link", "meta", "wbr"}
 # control characters, and those that would turn the order of the text around
 _UNPRINTABLE = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 

@@ -32,6 +32,7 @@ from dkm_export.tables import number
 from dkm_export.training.metrics import Metrics
 
 _MOST_BARS = 20
+_MOST_STEMS = 64
 
 
 def target_section(content: Content) -> Markup:
@@ -72,7 +73,7 @@ def layer_section(content: Content) -> Markup:
             + (f", {layer.groups} groups" if layer.groups > 1 else ""),
             (("indices", layer.indices), ("lut", layer.lut)),
             size(layer.bytes),
-            f"{8 * layer.bytes / layer.weights:.2f} bits a weight",
+            f"{8 * layer.bytes / layer.weights:.2f} bits per weight",
         )
         for layer in content.layers
         if layer in largest
@@ -94,7 +95,7 @@ def layer_section(content: Content) -> Markup:
     about = [
         "Packed indices and float16 LUTs of each palette in the checkpoint, in the order of the "
         "model.",
-        "A bit a weight counts both: small layers pay for their LUT.",
+        "Bits per weight count both, so small layers pay for their LUT.",
     ]
     kinds = (("indices", "indices"), ("lut", "LUT"), ("dense", "without a palette"))
     return section(
@@ -167,7 +168,7 @@ def fidelity_section(check: Report) -> Markup:
     if other:
         entries += [tag("h3", "What did not pass"), notes(other)]
     if runs:
-        entries.append(_runtimes(runs, check.metric_name))
+        entries += [_KEY, _runtimes(runs, check.metric_name)]
     else:
         entries.append(_plain("No runtime ran."))
     if idle:
@@ -177,6 +178,20 @@ def fidelity_section(check: Report) -> Markup:
         fold("Thresholds, and what set them", threshold_table(check)),
     ]
     return section("Fidelity by runtime", fidelity_lines(check), entries)
+
+
+_KEY = tag(
+    "ul",
+    [
+        tag("li", tag("span", tag("i", class_=style), class_="dot"), text)
+        for style, text in (
+            ("found", "error, on a logarithmic scale"),
+            ("found over", "error over its limit"),
+            ("most", "limit"),
+        )
+    ],
+    class_="legend",
+)
 
 
 def _reasons(idle: Sequence[RuntimeReport]) -> Iterator[tuple[str, str]]:
@@ -224,8 +239,8 @@ def _runtimes(runs: Sequence[RuntimeReport], metric: str | None) -> Markup:
         )
     heads = (
         ("name", "runtime"),
-        ("figure", "error \u25cf and limit \u2503, logarithmic"),
-        ("status", ""),
+        ("figure", ""),
+        ("status", "status"),
         ("value", "relative L2"),
     )
     head = tag("tr", [tag("th", text, class_=style, scope="col") for style, text in heads])
@@ -244,7 +259,8 @@ def weight_section(shown: Sequence[Distribution]) -> Markup | None:
             tag("h3", weights.name),
             tag("p", weights_line(weights)),
             _weights(weights),
-            fold("Every number", tables.centroid_table(weights)),
+            fold("Every bin", tables.bin_table(weights)) if _binned(weights) else None,
+            fold("Centroids", tables.centroid_table(weights)),
         )
         plots.append(plot)
     return section("Weights and centroids", about, [tag("div", plots, class_="plots")])
@@ -256,10 +272,14 @@ def _weights(weights: Distribution) -> Markup:
         spots = [(x.values[0], x.values[1], x.count) for x in weights.centroids]
         return charts.cloud(spots, description)
     values = [(x.values[0], x.count) for x in weights.centroids]
-    if weights.hidden:
+    if _binned(weights):
         centroids = [value for value, _ in values]
         return charts.bins(weights.edges, weights.bins, centroids, description)
     return charts.stems(values, description)
+
+
+def _binned(weights: Distribution) -> bool:
+    return weights.dim == 1 and weights.total > _MOST_STEMS
 
 
 def _plain(text: str) -> Markup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from dkm_export.planning.result import Plan
 from dkm_export.reporting.axes import signed
@@ -123,6 +124,15 @@ def centroid_table(weights: Distribution) -> Table:
         for centroid in weights.centroids
     ]
     return Table.of(("centroid", unit), rows)
+
+
+def bin_table(weights: Distribution) -> Table:
+    """Every bin of the histogram."""
+    rows = [
+        (signed(low, ".5g"), signed(high, ".5g"), f"{count:,}")
+        for (low, high), count in zip(pairwise(weights.edges), weights.bins, strict=True)
+    ]
+    return Table.of(("from", "to", "weights"), rows)
 
 
 def version_table(content: Content) -> Table:

@@ -9,8 +9,7 @@ import numpy as np
 from dkm_export.palette import Palette
 
 _BINS = 48
-_MOST_STEMS = 256
-_MOST_POINTS = 512
+_MOST = 512
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,10 @@ class Distribution:
     Attributes:
         name: full parameter name.
         dim: weights that share an index.
-        centroids: of all groups: by value where ``dim`` is 1, else the most used first.
-        hidden: how many more there are, because a figure can show so many only.
+        centroids: the most used ones of all groups: by value where ``dim`` is 1, else the most used
+            first.
+        total: how many centroids there are.
+        used: how many of them at least one index names.
         edges: of the bins, ascending.
         bins: weights in each of them.
         entropy: information in an index, in bits: with all centroids used alike, it is ``bits``.
@@ -44,7 +45,8 @@ class Distribution:
     name: str
     dim: int
     centroids: tuple[Centroid, ...]
-    hidden: int
+    total: int
+    used: int
     edges: tuple[float, ...]
     bins: tuple[int, ...]
     entropy: float
@@ -60,9 +62,8 @@ def distribution(name: str, palette: Palette) -> Distribution:
     """Count the weights of a palette."""
     dim, counts = palette.layout.dim, _counts(palette)
     flat, values = counts.reshape(-1), palette.lut.reshape(-1, dim).astype(np.float64)
-    most = _MOST_STEMS if dim == 1 else _MOST_POINTS
     # the first of equal ones first, so that the same palette gives the same report
-    chosen = np.argsort(-flat, kind="stable")[:most]
+    chosen = np.argsort(-flat, kind="stable")[:_MOST]
     if dim == 1:
         chosen = chosen[np.argsort(values[chosen, 0], kind="stable")]
     bins, edges = np.histogram(palette.dense(), bins=_BINS)
@@ -72,7 +73,8 @@ def distribution(name: str, palette: Palette) -> Distribution:
         centroids=tuple(
             Centroid(tuple(map(float, values[i])), int(flat[i])) for i in chosen.tolist()
         ),
-        hidden=len(flat) - len(chosen),
+        total=len(flat),
+        used=int(np.count_nonzero(flat)),
         edges=tuple(map(float, edges)),
         bins=tuple(map(int, bins)),
         entropy=_entropy(counts),

@@ -29,13 +29,16 @@ def lede(content: Content) -> str:
 
 def weights_line(weights: Distribution) -> str:
     """What is known of a palette beside its figure."""
-    parts = [f"{weights.entropy:.2f} of {weights.bits} bits of information in an index"]
+    parts = [
+        f"{weights.used:,} of {weights.total:,} centroids used",
+        f"{weights.entropy:.2f} of {weights.bits} bits of information in an index",
+    ]
     if weights.dim > 1:
-        parts.append(f"{weights.dim} weights share one; the figure shows the first two")
-    if weights.hidden:
-        shown = len(weights.centroids)
-        parts.append(f"the {shown} most used of {shown + weights.hidden:,} centroids")
-    return "; ".join(parts)
+        which = "" if weights.dim == 2 else "first two of the "
+        parts.append(f"{which}{weights.dim} weights that share an index")
+    if weights.total > len(weights.centroids):
+        parts.append(f"the {len(weights.centroids)} most used centroids")
+    return ", ".join(parts)
 
 
 def accuracy_lines(metrics: Metrics) -> list[str]:
