@@ -5,7 +5,7 @@ A figure is drawn for a width in pixels. Marks that mean different things differ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -86,6 +86,9 @@ class _Frame:
             y = axis.at(value)
             marks.append(_line(self.left, y, self.right, y, "grid"))
             marks.append(_write(self.left - 8, y + 4, text, "tick", "end"))
+        most_letters = self.width // 7
+        if len(title) > most_letters:
+            title = f"{title[: most_letters - 1]}\N{HORIZONTAL ELLIPSIS}"
         return together(_write(0, 12, title, "title", "start"), marks)
 
 
@@ -143,7 +146,8 @@ def front(
     marks += [mark(spot, "uniform") for spot in named]
     marks.append(mark(chosen, "chosen"))
     labelled = [(*place(spot), spot.name) for spot in (chosen, *named)]
-    marks += _names(labelled, [place(spot) for spot in spots], frame)
+    line = _between([place(spot) for spot in best])
+    marks += _names(labelled, [*line, *(place(spot) for spot in (chosen, *named))], frame)
     return frame.draw(
         description,
         frame.vertical(y, labels, "predicted error"),
@@ -230,6 +234,15 @@ def glyph(style: str) -> Markup:
         "front": [_path(line, "front"), _mark("front", 14, 8, "")],
     }.get(style, [_mark(style, 14, 8, "")])
     return tag("svg", *parts, viewBox="0 0 28 16", class_="glyph", aria_hidden="true")
+
+
+def _between(spots: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """The points of a line, and others along it, few pixels apart."""
+    yield from spots
+    for (x1, y1), (x2, y2) in pairwise(spots):
+        steps = int(max(abs(x2 - x1), abs(y2 - y1)) / 6)
+        for i in range(1, steps):
+            yield x1 + (x2 - x1) * i / steps, y1 + (y2 - y1) * i / steps
 
 
 def _names(

@@ -141,7 +141,7 @@ def _cell(name: str, text: str) -> Markup:
 def _breaking(text: str, after: str) -> Markup:
     """Text whose line may end after a sign."""
     first, *rest = text.split(after)
-    return together(first, ((after, tag("wbr"), part) for part in rest))
+    return together(first, (together(after, tag("wbr"), part) for part in rest))
 
 
 def _small(text: str) -> Markup | None:

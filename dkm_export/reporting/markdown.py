@@ -75,6 +75,7 @@ def _fidelity(check: Report) -> Sequence[str]:
         runtime_table(check).markdown(),
         _fold("every figure", figure_table(check)),
         _fold("thresholds, and what set them", threshold_table(check)),
+        _fold("notes on the artifacts, for who ships them", tables.note_table(check)),
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from dkm_export.checking.report import Report, RuntimeReport, Status, merged
+from dkm_export.checking.report import Report, RuntimeReport, Status
 from dkm_export.checking.tables import (
     figure_table,
     problems,
@@ -23,6 +23,7 @@ from dkm_export.reporting.weights import Distribution
 from dkm_export.reporting.wording import (
     COUNTED,
     accuracy_lines,
+    bits,
     fidelity_lines,
     follows_line,
     front_lines,
@@ -69,7 +70,7 @@ def layer_section(content: Content) -> Markup:
     rows = [
         Bar(
             layer.name,
-            f"{layer.bits} bits, dim {layer.dim}"
+            f"{bits(layer.bits)}, dim {layer.dim}"
             + (f", {layer.groups} groups" if layer.groups > 1 else ""),
             (("indices", layer.indices), ("lut", layer.lut)),
             size(layer.bytes),
@@ -162,8 +163,9 @@ def front_section(plan: Plan, deviations: Sequence[str]) -> Markup:
 def fidelity_section(check: Report) -> Markup:
     """Errors beside their limits, and what did not run."""
     runs = [x for x in check.runtimes if x.status is not Status.NOT_RUN]
-    idle = [x for x in merged(check.runtimes) if x.status is Status.NOT_RUN]
-    other = [line for line in problems(check) if line[0] != "not run"]
+    found = list(problems(check))
+    idle = [line for line in found if line[0] == "not run"]
+    other = [line for line in found if line[0] != "not run"]
     entries: list[Child] = []
     if other:
         entries += [tag("h3", "What did not pass"), notes(other)]
@@ -172,10 +174,11 @@ def fidelity_section(check: Report) -> Markup:
     else:
         entries.append(_plain("No runtime ran."))
     if idle:
-        entries += [tag("h3", "Not run"), notes(_reasons(idle))]
+        entries += [tag("h3", "Not run"), notes(idle)]
     entries += [
         fold("Every figure", figure_table(check)),
         fold("Thresholds, and what set them", threshold_table(check)),
+        fold("Notes on the artifacts, for who ships them", tables.note_table(check)),
     ]
     return section("Fidelity by runtime", fidelity_lines(check), entries)
 
@@ -192,12 +195,6 @@ _KEY = tag(
     ],
     class_="legend",
 )
-
-
-def _reasons(idle: Sequence[RuntimeReport]) -> Iterator[tuple[str, str]]:
-    for runtime in idle:
-        reasons = "; ".join(x.message for x in runtime.findings if x.status is Status.NOT_RUN)
-        yield "not run", f"{runtime.runtime}: {reasons}"
 
 
 def _runtimes(runs: Sequence[RuntimeReport], metric: str | None) -> Markup:
@@ -221,11 +218,8 @@ def _runtimes(runs: Sequence[RuntimeReport], metric: str | None) -> Markup:
                 tag("i", class_="most", style=place(limit)),
                 tag("i", class_=f"found{over}", style=place(error)),
             ]
-            figure = (
-                f"{number(error, '.1e')} ≤ {limit:g}"
-                if not over
-                else (f"{number(error, '.1e')} > {limit:g}")
-            )
+            shown = number(error, ".1e") if error else "0"
+            figure = f"{shown} {'>' if over else '\u2264'} {limit:g}"
         where = ", ".join(filter(None, (runtime.where, runtime.version, runtime.numeric_class)))
         measured = "" if runtime.metric is None else f"{metric or 'metric'} {runtime.metric:.2f}"
         rows.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from dkm_export.checking.report import Report
 from dkm_export.planning.result import Plan
 from dkm_export.reporting.axes import signed
 from dkm_export.reporting.content import Content
@@ -143,6 +144,12 @@ def version_table(content: Content) -> Table:
         for package, version in packages.items()
     ]
     return Table.of(("what", "package", "version"), rows)
+
+
+def note_table(check: Report) -> Table:
+    """What a check noted of the artifacts."""
+    rows = [(artifact.target, note) for artifact in check.artifacts for note in artifact.notes]
+    return Table.of(("artifact", "note"), rows)
 
 
 def setting_table(content: Content) -> Table:

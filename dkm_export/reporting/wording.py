@@ -31,14 +31,19 @@ def weights_line(weights: Distribution) -> str:
     """What is known of a palette beside its figure."""
     parts = [
         f"{weights.used:,} of {weights.total:,} centroids used",
-        f"{weights.entropy:.2f} of {weights.bits} bits of information in an index",
+        f"{weights.entropy:.2f} of {bits(weights.bits)} of information per index",
     ]
     if weights.dim > 1:
-        which = "" if weights.dim == 2 else "first two of the "
-        parts.append(f"{which}{weights.dim} weights that share an index")
+        which = "the" if weights.dim == 2 else "the first 2 of the"
+        parts.append(f"a point is {which} {weights.dim} weights of an index")
     if weights.total > len(weights.centroids):
-        parts.append(f"the {len(weights.centroids)} most used centroids")
-    return ", ".join(parts)
+        parts.append(f"shown are the {len(weights.centroids)} most used centroids")
+    return "; ".join(parts)
+
+
+def bits(count: int) -> str:
+    """``1 bit``, ``4 bits``."""
+    return "1 bit" if count == 1 else f"{count} bits"
 
 
 def accuracy_lines(metrics: Metrics) -> list[str]:
