@@ -64,4 +64,6 @@ def _status(text: str) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return not cell or cell == "-" or cell.lstrip("+-\N{MINUS SIGN}")[:1].isdigit()
+    first = cell.partition(" ")[0].lstrip("+-\N{MINUS SIGN}")
+    # what has two points is a version
+    return first == "" or (first[0].isdigit() and first.count(".") < 2)

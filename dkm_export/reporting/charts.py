@@ -306,6 +306,8 @@ def _cross(x: float, y: float, style: str) -> Markup:
 
 
 def _path(spots: Sequence[tuple[float, float]], style: str) -> Markup:
+    if not spots:
+        return Markup("")
     steps = "L".join(f"{x:.1f} {y:.1f}" for x, y in spots)
     return tag("path", d=f"M{steps}", class_=f"line {style}")
 

@@ -21,7 +21,8 @@ from dkm_export.training.metrics import Metrics
 _CHOSEN = 4
 """Layers whose weights are shown when none is named."""
 
-AS_EXPORTED, CHANGED, GONE, READ = "as exported", "changed since", "missing", "read for this report"
+AS_EXPORTED, CHANGED, GONE = "as exported", "changed since the export", "missing"
+READ, AS_CHECKED = "read for this report", "as checked, not read"
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def _files(sources: Sources) -> Iterator[File]:
     elif sources.check:
         for artifact in sources.check.artifacts:
             for entry in artifact.files:
-                yield File(entry.path, entry.bytes, entry.sha256, "as checked")
+                yield File(entry.path, entry.bytes, entry.sha256, AS_CHECKED)
 
 
 def _missing(sources: Sources) -> Iterator[Missing]:

@@ -39,15 +39,15 @@ class Bar:
         return sum(length for _, length in self.parts)
 
 
-def section(title: str, about: Iterable[str], parts: Iterable[Child]) -> Markup:
+def section(title: str, about: Iterable[Child], parts: Iterable[Child]) -> Markup:
     """A heading, what is to be known of it, and its content."""
-    words = [tag("p", prose(text)) for text in about]
+    words = [tag("p", text) for text in about]
     heading = tag("div", tag("h2", title), words, class_="about")
     return tag("section", heading, tag("div", parts, class_="body"))
 
 
 def prose(text: str) -> Markup:
-    """A sentence with code in backticks."""
+    """A sentence of ours with code in backticks; a text from a file may have others."""
     return together(tag("code", x) if i % 2 else x for i, x in enumerate(text.split("`")))
 
 

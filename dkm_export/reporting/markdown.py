@@ -25,7 +25,7 @@ from dkm_export.tables import Table
 from dkm_export.tables import markdown as text
 from dkm_export.training.metrics import Metrics
 
-_BLOCKS = "▁▂▃▄▅▆▇█"
+_BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def markdown(content: Content) -> str:
@@ -90,7 +90,8 @@ def _sparks(weights: Distribution) -> str:
     """The histogram of all weights in a line, from the least to the largest."""
     most = max(weights.bins)
     low, high = (signed(weights.edges[end], ".3g") for end in (0, -1))
-    blocks = "".join(_BLOCKS[round((len(_BLOCKS) - 1) * n / most)] for n in weights.bins)
+    # only a bin without any weight is a gap
+    blocks = "".join(_BLOCKS[-(-(len(_BLOCKS) - 1) * n // most)] for n in weights.bins)
     return f"{low} {blocks} {high}"
 
 

@@ -17,7 +17,7 @@ from dkm_export.planning.result import Plan
 from dkm_export.reporting import charts, tables
 from dkm_export.reporting.axes import size
 from dkm_export.reporting.content import Content
-from dkm_export.reporting.elements import Bar, bars, fold, legend, notes, section, status
+from dkm_export.reporting.elements import Bar, bars, fold, legend, notes, prose, section, status
 from dkm_export.reporting.markup import Child, Markup, tag
 from dkm_export.reporting.weights import Distribution
 from dkm_export.reporting.wording import (
@@ -219,7 +219,7 @@ def _runtimes(runs: Sequence[RuntimeReport], metric: str | None) -> Markup:
                 tag("i", class_=f"found{over}", style=place(error)),
             ]
             shown = number(error, ".1e") if error else "0"
-            figure = f"{shown} {'>' if over else '\u2264'} {limit:g}"
+            figure = f"{shown} {'>' if over else '≤'} {limit:g}"
         where = ", ".join(filter(None, (runtime.where, runtime.version, runtime.numeric_class)))
         measured = "" if runtime.metric is None else f"{metric or 'metric'} {runtime.metric:.2f}"
         rows.append(
@@ -228,7 +228,7 @@ def _runtimes(runs: Sequence[RuntimeReport], metric: str | None) -> Markup:
                 tag("th", runtime.runtime, tag("small", where), class_="name", scope="row"),
                 tag("td", tag("div", marks, class_="dot", aria_hidden="true"), class_="figure"),
                 tag("td", status(status_of(runtime.findings)), class_="status"),
-                tag("td", figure, tag("small", measured), class_="value"),
+                tag("td", tag("span", figure), tag("small", measured), class_="value"),
             )
         )
     heads = (
@@ -245,19 +245,29 @@ def weight_section(shown: Sequence[Distribution]) -> Markup | None:
     """Centroids and how many weights each stands for."""
     if not shown:
         return None
-    about = [COUNTED, "`--layer PATTERN` chooses other layers."]
+    about = [COUNTED, prose("`--layer PATTERN` chooses other layers.")]
     plots = []
     for weights in shown:
         plot = tag(
             "div",
             tag("h3", weights.name),
-            tag("p", weights_line(weights)),
+            tag("p", "; ".join(filter(None, (weights_line(weights), _shown(weights))))),
             _weights(weights),
             fold("Every bin", tables.bin_table(weights)) if _binned(weights) else None,
             fold("Centroids", tables.centroid_table(weights)),
         )
         plots.append(plot)
     return section("Weights and centroids", about, [tag("div", plots, class_="plots")])
+
+
+def _shown(weights: Distribution) -> str:
+    """What a figure shows of vectors, which have more weights than a plane has directions."""
+    parts = []
+    if weights.dim > 1:
+        parts.append(f"a point is the first 2 of the {weights.dim} weights")
+    if weights.total > len(weights.centroids):
+        parts.append(f"marked are the {len(weights.centroids)} most used centroids")
+    return "; ".join(parts)
 
 
 def _weights(weights: Distribution) -> Markup:

@@ -34,10 +34,7 @@ def weights_line(weights: Distribution) -> str:
         f"{weights.entropy:.2f} of {bits(weights.bits)} of information per index",
     ]
     if weights.dim > 1:
-        which = "the" if weights.dim == 2 else "the first 2 of the"
-        parts.append(f"a point is {which} {weights.dim} weights of an index")
-    if weights.total > len(weights.centroids):
-        parts.append(f"shown are the {len(weights.centroids)} most used centroids")
+        parts.append(f"{weights.dim} weights share an index")
     return "; ".join(parts)
 
 
