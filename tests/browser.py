@@ -6,6 +6,7 @@ import base64
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+_PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome")
+_PATIENCE = 60  # seconds
 
 
 def find_browser() -> str | None:
@@ -29,11 +31,12 @@ class Page:
         messages: what was written to its console or log, such as errors and broken policies.
     """
 
-    def __init__(self, pipes: tuple[int, int]) -> None:
+    def __init__(self, answers: int, commands: int) -> None:
         self.requests: list[str] = []
         self.messages: list[str] = []
-        self._in = os.fdopen(pipes[0], "rb")
-        self._out = os.fdopen(pipes[1], "wb")
+        self._answers, self._commands = answers, commands
+        self._unread = b""
+        self._loaded = False
         self._numbers = itertools.count(1)
         self._session: str | None = None
         target = self._send("Target.createTarget", url="about:blank")["targetId"]
@@ -51,9 +54,10 @@ class Page:
         self._send("Emulation.setEmulatedMedia", features=[feature])
         self.requests.clear()
         self.messages.clear()
+        self._loaded = False
         self._send("Page.navigate", url=file.as_uri())
-        while self._read().get("method") != "Page.loadEventFired":
-            pass
+        while not self._loaded:
+            self._read()
         # two frames later all is drawn
         self.evaluate("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
 
@@ -82,8 +86,7 @@ class Page:
         message = {"id": number, "method": method, "params": parameters}
         if self._session:
             message["sessionId"] = self._session
-        self._out.write(json.dumps(message).encode() + b"\0")
-        self._out.flush()
+        os.write(self._commands, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._read()
             if answer.get("id") == number:
@@ -92,13 +95,18 @@ class Page:
 
     def _read(self) -> dict[str, Any]:
         """The next message, which is noted when it is a request or something that was said."""
-        data = bytearray()
-        while (byte := self._in.read(1)) != b"\0":
-            assert byte, "the browser has ended"
-            data += byte
+        while b"\0" not in self._unread:
+            ready, _, _ = select.select([self._answers], [], [], _PATIENCE)
+            assert ready, "the browser does not answer"
+            read = os.read(self._answers, 1 << 20)
+            assert read, "the browser has ended"
+            self._unread += read
+        data, _, self._unread = self._unread.partition(b"\0")
         message: dict[str, Any] = json.loads(data)
         parameters = message.get("params", {})
         match message.get("method"):
+            case "Page.loadEventFired":
+                self._loaded = True
             case "Network.requestWillBeSent":
                 self.requests.append(parameters["request"]["url"])
             case "Log.entryAdded":
@@ -134,7 +142,9 @@ def browser(program: str, profile: Path) -> Iterator[Page]:
     os.close(theirs_in)
     os.close(theirs_out)
     try:
-        yield Page((ours_in, ours_out))
+        yield Page(ours_in, ours_out)
     finally:
         process.kill()
         process.wait()
+        os.close(ours_in)
+        os.close(ours_out)

@@ -56,7 +56,7 @@ class Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self, most: int) -> list[float]:
-        """At most about ``most`` round values, ascending."""
+        """About ``most`` round values or fewer, ascending; two or more where that is possible."""
         if self.log:
             return _log_ticks(self.low, self.high, most)
         span = self.high - self.low
@@ -65,6 +65,9 @@ class Axis:
         step = _round_step(span / most)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
+        # one value alone would be no scale
+        if last - first < 1 and most < 16:
+            return self.ticks(2 * most)
         return [i * step for i in range(first, last + 1)]
 
 

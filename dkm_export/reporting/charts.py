@@ -207,12 +207,14 @@ def cloud(spots: Sequence[tuple[float, float, int]], description: str) -> Markup
     x = Axis.around([spot[0] for spot in spots], frame.left, frame.right, margin=0.12)
     y = Axis.around([spot[1] for spot in spots], frame.bottom, frame.top, margin=0.12)
     most = max(1, *(count for _, _, count in spots))
+    # many discs are small ones
+    largest = 9 * min(1.0, (64 / len(spots)) ** 0.5)
     marks = [_zero(x, frame)]
     for first, second, count in spots:
         place = x.at(first), y.at(second)
         hint = tag("title", f"({signed(first, '.3g')}, {signed(second, '.3g')}): {count:,} vectors")
         if count:
-            radius = 1.5 + 9 * (count / most) ** 0.5
+            radius = 1.5 + largest * (count / most) ** 0.5
             marks.append(tag("circle", hint, cx=place[0], cy=place[1], r=radius, class_="disc"))
         else:
             marks.append(_cross(*place, "unused"))
