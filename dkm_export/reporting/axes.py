@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,8 +44,9 @@ class Axis:
         if may_be_log and 1e-100 < low <= high < 1e100 and high / low > _LOG_FROM:
             room = (high / low) ** margin
             return cls(low / room, high * room, start, end, log=True)
-        room = margin * (high - low) or abs(high) * 0.01 or 1.0
-        return cls(low - room, high + room, start, end)
+        most = sys.float_info.max
+        room = min(margin * (high - low), most) or abs(high) * 0.01 or 1.0
+        return cls(max(low - room, -most), min(high + room, most), start, end)
 
     def at(self, value: float) -> float:
         """Where ``value`` lies."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dkm_export.reporting.charts import glyph
+from dkm_export.reporting.drawing import glyph
 from dkm_export.reporting.markup import Child, Markup, tag, together
 from dkm_export.tables import STATUS, Table
 
