@@ -121,7 +121,7 @@ def _absent(content: Content) -> Markup | None:
 def _environment(content: Content) -> Markup:
     about = [
         "SHA-256 of each file as it is now, and how it compares with what is recorded of it.",
-        "This page holds no time and no path of a machine: the same inputs give the same bytes.",
+        "There is no time in this page: the same inputs give the same bytes.",
     ]
     parts: Sequence[Markup | None] = (
         table(tables.file_table(content), "Files and their hashes"),
