@@ -24,6 +24,7 @@ from dkm_export.reporting.wording import (
     COUNTED,
     accuracy_lines,
     bits,
+    compared,
     fidelity_lines,
     follows_line,
     front_lines,
@@ -60,7 +61,7 @@ def target_section(content: Content) -> Markup:
 
 
 def _size_bar(content: Content, name: str, note: str, count: int) -> Bar:
-    ratio = f"{content.fp32_bytes / count:.1f}x smaller" if count else ""
+    ratio = compared(content.fp32_bytes / count, "x") if count and content.fp32_bytes else ""
     return Bar(name, note, (("indices", count),), size(count), ratio)
 
 

@@ -17,7 +17,7 @@ def lede(content: Content) -> str:
     """What became of the model, in two sentences."""
     smaller = (
         f"{size(content.fp32_bytes)} of float32 weights are a checkpoint of "
-        f"{size(content.checkpoint_bytes)}: {content.ratio:.1f} times smaller."
+        f"{size(content.checkpoint_bytes)}: {compared(content.ratio, ' times')}."
     )
     if content.fp32 is None or content.hard is None:
         return smaller
@@ -36,6 +36,13 @@ def weights_line(weights: Distribution) -> str:
     if weights.dim > 1:
         parts.append(f"{weights.dim} weights share an index")
     return "; ".join(parts)
+
+
+def compared(ratio: float, times: str) -> str:
+    """``15.2x smaller``, or larger: the graph of a small network may outweigh it."""
+    if ratio < 1:
+        return f"{1 / ratio:.1f}{times} larger"
+    return f"{ratio:.1f}{times} smaller"
 
 
 def bits(count: int) -> str:
