@@ -40,7 +40,7 @@ def weights_line(weights: Distribution) -> str:
 
 def compared(ratio: float, times: str) -> str:
     """``15.2x smaller``, or larger: the graph of a small network may outweigh it."""
-    if ratio < 1:
+    if 0 < ratio < 1:
         return f"{1 / ratio:.1f}{times} larger"
     return f"{ratio:.1f}{times} smaller"
 
