@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import AfterValidator, Field, FiniteFloat, model_validator
 
 from dkm_export.entry import PaletteEntry
-from dkm_export.errors import InvalidInput
 from dkm_export.files import MANIFEST, sha256
 from dkm_export.palettized import PalettizedModel
 from dkm_export.spec import Frozen
-from dkm_export.validation import explain
+from dkm_export.validation import read_json, validated
 
 
 def _stays_inside(path: str) -> str:
@@ -24,7 +23,7 @@ def _stays_inside(path: str) -> str:
 
 
 RelativePath = Annotated[str, AfterValidator(_stays_inside)]
-Size = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class FileEntry(Frozen):
@@ -139,9 +138,4 @@ def read_manifest(root: Path) -> Manifest:
         InvalidInput: when it is missing or malformed, or a path in it leaves the folder.
     """
     file = root / MANIFEST
-    try:
-        return Manifest.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise InvalidInput(f"{file}: {error.strerror}: give the folder of `dkm export`") from error
-    except ValidationError as error:
-        raise InvalidInput(f"{file}: {explain(error, Manifest)}") from error
+    return validated(read_json(file, "give the folder of `dkm export`"), Manifest, file)

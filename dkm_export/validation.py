@@ -1,12 +1,47 @@
-"""Pydantic's findings as one line for the user."""
+"""Plain data from files into models; pydantic's findings as one line for the user."""
 
 from __future__ import annotations
 
-from typing import get_args
+from pathlib import Path
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
+from dkm_export.errors import InvalidInput
+
+_Model = TypeVar("_Model", bound=BaseModel)
 _UNKNOWN = "extra_forbidden"
+
+
+def read_json(file: Path, way_out: str) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        file: to read.
+        way_out: what to do when it is missing or not JSON, for the error.
+
+    Raises:
+        InvalidInput: when it is.
+    """
+    try:
+        return from_json(file.read_bytes(), allow_inf_nan=False)
+    except OSError as error:
+        raise InvalidInput(f"{file}: {error.strerror}: {way_out}") from error
+    except ValueError as error:
+        raise InvalidInput(f"{file}: not JSON: {error}: {way_out}") from error
+
+
+def validated(data: Any, model: type[_Model], owner: object) -> _Model:
+    """Plain data as an instance of ``model``.
+
+    Raises:
+        InvalidInput: with ``owner``, the key and what is wrong.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise InvalidInput(f"{owner}: {explain(error, model)}") from error
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -340,8 +340,8 @@ def test_the_summary() -> None:
         ["| good", "pass"],
     ]
     for row in (
-        r"| good | pass | native CPU | onnx/a\_b.onnx | 7.6e-06 (≤ 1e-05) | 97.50 |",
-        r"| bad | **fail** | emulated | onnx/a\_b.onnx | inf (≤ 1e-05) | - |",
+        r"| good | pass | native CPU | fp32 | onnx/a\_b.onnx | 7.6e-06 (≤ 1e-05) | 97.50 |",
+        r"| bad | **fail** | emulated | fp32 | onnx/a\_b.onnx | not finite (≤ 1e-05) | - |",
         r"| onnx/a\_b.onnx | **fail** | 9 | 5 | 10.0x |",
         "| good | logits, samples | 0.0e+00 (≤ 1e-05) | exact (≥ 100) | 0 (≤ 0) |",
         "| good | logits, test split | 7.6e-06 (≤ 1e-05) | 102.4 (≥ 100) | 0 (≤ 0) |",

@@ -9,14 +9,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, FiniteFloat, ValidationError
+from pydantic import BeforeValidator, Field, FiniteFloat
 
 from dkm_export.checking.metrics import LIMITS, Limits, NotNegative
 from dkm_export.checking.runtime import NumericClass
-from dkm_export.errors import InvalidInput
 from dkm_export.settings import read_toml
 from dkm_export.spec import Frozen
-from dkm_export.validation import explain
+from dkm_export.validation import validated
 
 ALL = "all"
 """In ``max_bytes``: every target that has no limit of its own."""
@@ -28,7 +27,7 @@ _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z]*)")
 class Threshold(Frozen):
     """The value of a gate, and what set it: the name of a file, or ``command line``."""
 
-    value: float
+    value: FiniteFloat
     source: str
 
 
@@ -127,10 +126,7 @@ def parse_gates(data: Mapping[str, Any], source: str) -> GateSettings:
     Raises:
         InvalidInput: with ``source``, the key and what is allowed.
     """
-    try:
-        return GateSettings.model_validate(data)
-    except ValidationError as error:
-        raise InvalidInput(f"{source}: {explain(error, GateSettings)}") from error
+    return validated(data, GateSettings, source)
 
 
 def load_gates(path: Path) -> GateSettings:

@@ -7,15 +7,19 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, FiniteFloat, WithJsonSchema
+from pydantic import BeforeValidator, Field, FiniteFloat, WithJsonSchema, model_validator
 
 from dkm_export.checking.runtime import NumericClass
 from dkm_export.spec import Frozen
 
 FloatArray = npt.NDArray[np.float64]
 NotNegative = Annotated[FiniteFloat, Field(ge=0, strict=True)]
-# JSON has no infinity: pydantic writes null
-Measured = Annotated[float, WithJsonSchema({"type": ["number", "null"]}, mode="serialization")]
+# JSON has no infinity: pydantic writes null, which is read as infinity again
+Measured = Annotated[
+    float,
+    BeforeValidator(lambda value: np.inf if value is None else value),
+    WithJsonSchema({"type": ["number", "null"]}, mode="serialization"),
+]
 
 BUILT_IN = "built-in"
 
@@ -80,6 +84,14 @@ class Fidelity(Frozen):
     cosine: float
     outside: int
     nonfinite: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def _infinite_in_json(cls, data: Any) -> Any:
+        """An infinite error is null in JSON, and then so is its SQNR, which must not mean exact."""
+        if isinstance(data, dict) and data.get("relative_l2", 0) is None:
+            return data | {"sqnr_db": -np.inf}
+        return data
 
 
 def compare(reference: npt.NDArray[Any], output: npt.NDArray[Any], limits: Limits) -> Fidelity:

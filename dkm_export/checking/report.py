@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, computed_field
 
 from dkm_export.checking.gates import Threshold
 from dkm_export.checking.metrics import Fidelity, Limits, Measured
-from dkm_export.errors import ExitCode
-from dkm_export.manifest import FileEntry
+from dkm_export.errors import ExitCode, InvalidInput
+from dkm_export.manifest import FileEntry, Size
 from dkm_export.spec import Frozen
+from dkm_export.validation import read_json, validated
 
 
 class Status(StrEnum):
@@ -68,7 +70,7 @@ class ArtifactReport(Frozen):
 
     target: str
     path: str
-    bytes: int
+    bytes: Size
     max_bytes: Threshold | None = None
     files: tuple[FileEntry, ...] = ()
     findings: tuple[Finding, ...]
@@ -131,7 +133,7 @@ class Report(Frozen):
     checked_with: dict[str, str]
     machine: str
     checkpoint_sha256: str
-    fp32_bytes: int
+    fp32_bytes: Size
     metric_name: str | None
     metrics: dict[str, Measured]
     max_drop: Threshold | None
@@ -189,6 +191,33 @@ class Report(Frozen):
         # by way of text, where pydantic writes null for the infinite error of a NaN
         data: dict[str, Any] = json.loads(self.model_dump_json())
         return data
+
+
+def read_report(file: Path) -> Report:
+    """Read what `dkm check --json` printed.
+
+    Raises:
+        InvalidInput: when it is missing or malformed, or a status does not follow from findings.
+    """
+    way_out = "give a file of what `dkm check --json` printed"
+    data = read_json(file, way_out)
+    if not isinstance(data, dict) or "error" in data:
+        raise InvalidInput(f"{file}: no report of a check: {way_out}")
+    stated = _without(data, Report)
+    runtimes = stated.get("runtimes")
+    if isinstance(runtimes, list):
+        stated["runtimes"] = [_without(entry, RuntimeReport) for entry in runtimes]
+    report = validated(stated, Report, file)
+    if report.to_json() != data:
+        raise InvalidInput(f"{file}: was changed since `dkm check` printed it: {way_out}")
+    return report
+
+
+def _without(data: Any, model: type[Frozen]) -> Any:
+    """An object without what ``model`` computes itself."""
+    if not isinstance(data, dict):
+        return data
+    return {key: value for key, value in data.items() if key not in model.model_computed_fields}
 
 
 def report_schema() -> str:

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dkm_export import __version__
-from dkm_export.cli import check, compress, export, inspect, plan, runtimes, targets
+from dkm_export.cli import check, compress, export, inspect, plan, report, runtimes, targets
 from dkm_export.cli.terminal import Terminal
 from dkm_export.errors import DkmError, ExitCode, InvalidInput
 
 _INTERRUPTED = 130
-_VERBS = (compress, plan, export, check, inspect, targets, runtimes)
+_VERBS = (compress, plan, export, check, inspect, report, targets, runtimes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dkm_export.errors import DkmWarning
+from dkm_export.tables import Table
 
 if TYPE_CHECKING:
     from dkm_export.training.stage import Progress
@@ -103,12 +104,9 @@ class Terminal:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table with numbers to the right, as wide as its content: a log has no width."""
-        cells = [[str(cell) for cell in row] for row in rows]
+        content = Table.of(header, rows)
+        cells, numeric = content.rows, content.numeric
         widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-        numeric = [
-            all(not row[i] or row[i][0].isdigit() or row[i] == "-" for row in cells)
-            for i in range(len(header))
-        ]
 
         def line(row: Sequence[str]) -> str:
             padded = (

@@ -8,7 +8,7 @@ from pydantic import Field, FiniteFloat
 
 from dkm_export.spec import Bits, Frozen, LayerKind
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class PlannedLayer(Frozen):

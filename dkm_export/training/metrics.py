@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import FiniteFloat
 
 from dkm_export.sizing import Account
 from dkm_export.spec import Frozen
+from dkm_export.validation import read_json, validated
 
 
 class Epoch(Frozen):
@@ -54,3 +56,12 @@ class Metrics(Frozen):
     epochs: tuple[Epoch, ...]
     hard: float | None
     sizes: Sizes
+
+
+def read_metrics(file: Path) -> Metrics:
+    """Read and validate a ``metrics.json``.
+
+    Raises:
+        InvalidInput: when it is missing or malformed.
+    """
+    return validated(read_json(file, "give the folder of `dkm compress`"), Metrics, file)

@@ -1,0 +1,1 @@
+"""``dkm report``: what is known of a palettized model as one page, in HTML or Markdown."""
