@@ -135,7 +135,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
 def _question(options: argparse.Namespace, terminal: Terminal) -> tuple[Question, list[str]]:
     """What is asked for, and the overrides of the recipe."""
     from dkm_export.exporting.export import choose_targets
-    from dkm_export.planning.candidates import DEFAULT_SETTINGS, Setting
+    from dkm_export.planning.candidates import Setting
     from dkm_export.planning.planner import Question
     from dkm_export.plugins import EXPORTERS, names_of
     from dkm_export.settings import parse_setting
@@ -151,7 +151,7 @@ def _question(options: argparse.Namespace, terminal: Terminal) -> tuple[Question
             overrides.append(text)
     pins = [_pin(text) for text in options.pin]
     pins += [(pattern, None) for pattern in options.exclude]
-    settings = DEFAULT_SETTINGS
+    settings: tuple[Setting, ...] = ()
     if options.settings is not None:
         settings = tuple(Setting.parse(text.strip()) for text in options.settings.split(","))
     question = Question(

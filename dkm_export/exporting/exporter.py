@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, Generic, TypeVar
 
@@ -17,7 +17,7 @@ from dkm_export.spec import Frozen
 if TYPE_CHECKING:
     from torch import nn
 
-    from dkm_export.palette import Palette
+    from dkm_export.palette import Layout, Palette
     from dkm_export.palettized import PalettizedModel
 
 
@@ -77,6 +77,19 @@ class DenseTensor:
     dtype: str
     nbytes: int
     reason: str
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Bytes for decoding a palette.
+
+    Attributes:
+        own: for each palette.
+        shared: by name, for whatever palettes of an artifact have in common.
+    """
+
+    own: int = 0
+    shared: Mapping[str, int] = field(default_factory=dict)
 
 
 NO_WEIGHT: Final = "no layer's weight"
@@ -149,6 +162,13 @@ class Exporter(ABC, Generic[Options]):
         A target that writes files beside its artifact names them too.
         """
         return files_below(artifact)
+
+    def overhead(self, layout: Layout, bits: int, options: Options) -> Overhead:
+        """What such a palette takes beside its LUTs and indices, about, in an artifact.
+
+        For plans: only how settings differ counts. Where they hardly do, that is nothing.
+        """
+        return Overhead()
 
     def notes(self, artifact: Path) -> list[str]:
         """What an app's developers should know of an artifact, a line each, for the report."""

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from dkm_export.errors import InvalidInput, Unsupported
-from dkm_export.exporting import Exporter
+from dkm_export.exporting import Exporter, Overhead
 from dkm_export.layers import plan
 from dkm_export.palette import (
     MAX_BITS,
@@ -77,6 +77,12 @@ DEFAULT_SETTINGS = (
 )
 """What layers choose from unless told otherwise."""
 
+_FINE_SETTINGS = tuple(
+    Setting(bits, 1, groups) for bits in (2, 3, 4, 6, 8) for groups in (2, 4, 16)
+)
+_FINE_BELOW = 1 << 17
+"""What layers of fewer weights choose from too: with few layers, steps have to be small."""
+
 Pins = Sequence[tuple[str, Setting | None]]
 """Patterns over parameter names with the setting of the layers they match; None is dense."""
 
@@ -111,6 +117,20 @@ class Candidate:
         """How the weight is cut."""
         return Layout(self.shape, setting.dim, self.rule.axis, setting.groups)
 
+    def overhead(self, setting: Setting | None, targets: Targets) -> Overhead:
+        """What decoding takes, of the targets together."""
+        if setting is None:
+            return Overhead()
+        layout = self.layout(setting)
+        found = [
+            (exporter.target, exporter.overhead(layout, setting.bits, options))
+            for exporter, options in targets
+        ]
+        shared = {
+            f"{target} {key}": count for target, each in found for key, count in each.shared.items()
+        }
+        return Overhead(max((each.own for _, each in found), default=0), shared)
+
     def nbytes(self, setting: Setting | None) -> int:
         """Packed indices and float16 LUTs, or the float32 weight."""
         if setting is None:
@@ -135,6 +155,8 @@ def candidates(
 ) -> list[Candidate]:
     """The layers that the rules of ``spec`` give a palette, each with what it can choose from.
 
+    Without ``settings``, that is `DEFAULT_SETTINGS` and, for small layers, more of them.
+
     Small layers may also stay dense. Left out is what is never worth it: a LUT larger than its
     indices.
 
@@ -156,7 +178,12 @@ def candidates(
             continue
         names = (layer.name, *ties.get(layer.name, ()))
         pinned = _pinned(names, pins)
-        free = (*settings, None) if layer.layout.size < _DENSE_BELOW else settings
+        size = layer.layout.size
+        free: tuple[Setting | None, ...] = tuple(settings or DEFAULT_SETTINGS)
+        if not settings and size < _FINE_BELOW:
+            free = (*free, *_FINE_SETTINGS)
+        if size < _DENSE_BELOW:
+            free = (*free, None)
         offered = pinned or free
         candidate = Candidate(names, layer.kind, layer.layout.shape, rule, ())
         found.append(_offer(candidate, offered, targets, pinned=bool(pinned)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from dkm_export.errors import InvalidInput
 from dkm_export.palettized import ModelSource
 from dkm_export.planning.allocation import Allocation, Options, allocate, front, lower_bound
 from dkm_export.planning.candidates import (
-    DEFAULT_SETTINGS,
     Candidate,
     Pins,
     Setting,
@@ -39,7 +39,17 @@ _BATCHES = 8
 _CLOSE = 0.002
 """Share of the budget that may stay unused before another mock-up is tried."""
 
-_MOST_MOCK_UPS = 8
+_MOST_MOCK_UPS = 6
+
+_GROWTHS = (0.0, 0.3, 2.0)
+"""Errors of layers add up to more than their sum, and large ones to more than predicted. Plans are
+made for several assumptions of how much more, and tried: see `_Planner.within`."""
+
+_USUAL = 6
+"""Mock-ups that progress expects."""
+
+_MOST_SHARED = 5
+"""Things that decoders share, of which all parts are tried."""
 
 _TEMPERATURE = 1.0
 """Of outputs whose divergence is measured, for tasks that have such a thing."""
@@ -73,7 +83,7 @@ class Question:
 
     Attributes:
         targets: that have to hold every setting, and whose artifacts are measured.
-        settings: that layers choose from.
+        settings: that layers choose from; without any, see `candidates`.
         pins: layers whose setting is given.
         method: how errors are found.
         examples: inputs of the training split to measure sensitivities on.
@@ -81,7 +91,7 @@ class Question:
     """
 
     targets: Targets = ()
-    settings: Sequence[Setting] = DEFAULT_SETTINGS
+    settings: Sequence[Setting] = ()
     pins: Pins = ()
     method: Method = "gradients"
     examples: int = 128
@@ -108,7 +118,7 @@ def make_plan(
     calibration, words = _calibration(recipe, model, task, question.examples)
 
     found = sensitivities(calibration, layers, question.method, question.file, progress)
-    planner = _Planner(recipe, model, layers, found, question, progress)
+    planner = _Planner(recipe, model, layers, calibration, found, question, progress)
     if budget.limit is not None:
         chosen, sizes = planner.within(budget.limit)
     else:
@@ -121,6 +131,75 @@ def make_plan(
     return planner.describe(chosen, sizes, budget, words), planner.spec(chosen)
 
 
+@dataclass(frozen=True)
+class _Costs:
+    """What layers can choose from in the files of some targets, with what decoders share.
+
+    Attributes:
+        options: by layer; costs are of palettes and their own decoders.
+        needs: by layer and setting, what of ``shared`` it needs.
+        shared: bytes by name.
+    """
+
+    options: Sequence[Options]
+    needs: Sequence[Sequence[frozenset[str]]]
+    shared: Mapping[str, int]
+
+    @classmethod
+    def of(cls, layers: Sequence[Candidate], options: Sequence[Options], targets: Targets) -> Self:
+        """Ask the targets what decoding takes, beside the ``options``."""
+        found = [[layer.overhead(x, targets) for x in layer.settings] for layer in layers]
+        shared = {key: n for each in found for one in each for key, n in one.shared.items()}
+        return cls(
+            [
+                Options([cost + one.own for cost, one in zip(x.costs, each, strict=True)], x.errors)
+                for x, each in zip(options, found, strict=True)
+            ],
+            [[frozenset(one.shared) for one in each] for each in found],
+            shared,
+        )
+
+    def allocate(self, room: int) -> Allocation | None:
+        """The least error within ``room`` bytes: for each part of what is shared, the best."""
+        best: Allocation | None = None
+        for kept in self._parts():
+            allowed = [
+                [index for index, need in enumerate(needs) if need <= kept] for needs in self.needs
+            ]
+            if not all(allowed):
+                continue
+            options = [
+                Options([x.costs[i] for i in which], [x.errors[i] for i in which])
+                for x, which in zip(self.options, allowed, strict=True)
+            ]
+            found = allocate(options, room - sum(self.shared[key] for key in kept))
+            if found and (best is None or found.error < best.error):
+                choices = tuple(
+                    which[choice] for which, choice in zip(allowed, found.choices, strict=True)
+                )
+                best = Allocation(choices, self.total(choices), found.error)
+        return best
+
+    def smallest(self) -> Allocation:
+        """The choice of fewest bytes, when what is shared is left out."""
+        return front(self.options)[0]
+
+    def total(self, choices: Sequence[int]) -> int:
+        """Bytes of a choice for every layer."""
+        used = frozenset[str]().union(
+            *(needs[choice] for needs, choice in zip(self.needs, choices, strict=True))
+        )
+        own = sum(x.costs[choice] for x, choice in zip(self.options, choices, strict=True))
+        return own + sum(self.shared[key] for key in used)
+
+    def _parts(self) -> Iterator[frozenset[str]]:
+        """All parts of what is shared, or only the whole of it when there are too many."""
+        names = sorted(self.shared)
+        fewest = 0 if len(names) <= _MOST_SHARED else len(names)
+        for count in range(fewest, len(names) + 1):
+            yield from map(frozenset, combinations(names, count))
+
+
 class _Planner:
     """Knows what layers can choose from and what it costs."""
 
@@ -129,6 +208,7 @@ class _Planner:
         recipe: Recipe,
         model: nn.Module,
         layers: Sequence[Candidate],
+        calibration: Calibration,
         found: Sensitivities,
         question: Question,
         progress: Progress,
@@ -136,6 +216,7 @@ class _Planner:
         self._recipe, self._model, self._layers = recipe, model, layers
         self._source: ModelSource = recipe.source()
         self._found, self._question, self._progress = found, question, progress
+        self._calibration, self._mock_ups = calibration, 0
         self._options = [
             Options(
                 [layer.nbytes(setting) for setting in layer.settings],
@@ -143,6 +224,31 @@ class _Planner:
             )
             for layer in layers
         ]
+
+    def _grown(self, growth: float, usual: Allocation | None) -> list[Options]:
+        """The options with errors that grow faster than they should, from what is usual on."""
+        if usual is None or not usual.error:
+            return self._options
+        factor = growth * len(self._layers) / usual.error
+        return [
+            Options(x.costs, [error + factor * error**2 for error in x.errors])
+            for x in self._options
+        ]
+
+    def _best(self, plans: Sequence[Allocation]) -> int:
+        """Which of the plans has the least divergence, measured with all layers together."""
+        measured = []
+        for done, plan in enumerate(plans, 1):
+            weights = {}
+            for layer, choice in zip(self._layers, plan.choices, strict=True):
+                setting = layer.settings[choice]
+                if setting:
+                    weights[layer.name] = dict(self._calibration.palettized(layer, [setting]))[
+                        setting
+                    ]
+            measured.append(self._calibration.measure(weights))
+            self._progress(f"trying plans: divergence {measured[-1]:.4g}", done, len(plans))
+        return measured.index(min(measured))
 
     def spec(self, chosen: Allocation) -> CompressionSpec:
         """As a recipe has it."""
@@ -154,40 +260,46 @@ class _Planner:
 
     def sizes(self, chosen: Allocation) -> dict[str, int]:
         """Bytes of the artifacts, by target."""
+        self._mock_ups += 1
+        self._progress("mock-up of the artifacts", min(self._mock_ups, _USUAL), _USUAL)
         mock = mock_up(self._model, self._source, self.spec(chosen))
         return artifact_bytes(mock, self._question.targets, verbose=self._question.verbose)
 
     def within(self, limit: int) -> tuple[Allocation, dict[str, int]]:
         """The best plan whose artifacts have at most ``limit`` bytes, and their sizes.
 
-        What a file takes beside its weights depends a little on their settings, so that plan and
-        mock-up take turns.
+        What a file takes beside palettes and their decoders only a mock-up tells, and of several
+        files which one is the largest. So plan and mock-up take turns.
         """
-        best: tuple[Allocation, dict[str, int]] | None = None
-        room, smallest = limit, 0
-        seen = set()
-        for attempt in range(1, _MOST_MOCK_UPS + 1):
-            chosen = allocate(self._options, room)
-            if chosen is None:
-                chosen = min(front(self._options), key=lambda point: point.cost)
-            if chosen.choices in seen:
-                break
-            seen.add(chosen.choices)
-            self._progress("mock-up of the artifacts", attempt, _MOST_MOCK_UPS)
-            sizes = self.sizes(chosen)
-            left = limit - max(sizes.values())
-            if left >= 0 and (best is None or chosen.error < best[0].error):
-                best = chosen, sizes
-            if 0 <= left <= _CLOSE * limit:
-                break
-            smallest = max(sizes.values())
-            room = chosen.cost + left
-        if best is None:
+        found: list[tuple[Allocation, dict[str, int]]] = []
+        room, tightest, smallest = limit, self._question.targets, 0
+        for growth in _GROWTHS:
+            best: tuple[Allocation, dict[str, int]] | None = None
+            errors = self._grown(growth, found[0][0] if found else None)
+            seen = set()
+            for _ in range(_MOST_MOCK_UPS):
+                costs = _Costs.of(self._layers, errors, tightest)
+                chosen = costs.allocate(room) or costs.smallest()
+                if chosen.choices in seen:
+                    break
+                seen.add(chosen.choices)
+                sizes = self.sizes(chosen)
+                largest = max(sizes, key=lambda target: sizes[target])
+                left, smallest = limit - sizes[largest], sizes[largest]
+                tightest = [x for x in tightest if x[0].target == largest] or tightest
+                room = _Costs.of(self._layers, errors, tightest).total(chosen.choices) + left
+                if left >= 0 and (best is None or chosen.error < best[0].error):
+                    best = chosen, sizes
+                if 0 <= left <= _CLOSE * limit:
+                    break
+            if best is not None:
+                found.append(best)
+        if not found:
             raise InvalidInput(
                 f"nothing fits into {limit:,} bytes: with the smallest settings it is "
-                f"{smallest:,}: allow more, or smaller settings with --settings"
+                f"{smallest:,}: allow more, or offer smaller settings with --settings"
             )
-        return best
+        return found[self._best([chosen for chosen, _ in found])]
 
     def at_rate(self, bits_per_weight: float) -> Allocation:
         """The best plan with so many bits for each weight of its layers."""
@@ -229,6 +341,7 @@ class _Planner:
         self, chosen: Allocation, sizes: Mapping[str, int], budget: Budget, words: str
     ) -> Plan:
         """All that is known of the plan."""
+        payload = sum(x.costs[i] for x, i in zip(self._options, chosen.choices, strict=True))
         planned = []
         for layer, choice in zip(self._layers, chosen.choices, strict=True):
             setting = layer.settings[choice]
@@ -250,8 +363,8 @@ class _Planner:
             budget=str(budget),
             limit=budget.limit,
             bytes=dict(sizes),
-            error=chosen.error,
-            bound=lower_bound(self._options, chosen.cost),
+            error=sum(x.errors[i] for x, i in zip(self._options, chosen.choices, strict=True)),
+            bound=lower_bound(self._options, payload),
             layers=tuple(planned),
             front=tuple(Point(bytes=x.cost, error=x.error) for x in front(self._options)),
             uniform=tuple(self._uniform()),

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from dkm_export.exporting import Capabilities, DenseTensor, Exporter
+from dkm_export.exporting import Capabilities, DenseTensor, Exporter, Overhead
 from dkm_exporters.onnx.options import OnnxOptions as OnnxOptions
 from dkm_exporters.onnx.options import data_file
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from dkm_export.palette import Palette
+    from dkm_export.palette import Layout, Palette
     from dkm_export.palettized import PalettizedModel
     from dkm_exporters.onnx.artifact import Artifact
 
@@ -89,6 +89,12 @@ class OnnxExporter(Exporter[OnnxOptions]):
         from dkm_exporters.onnx.artifact import read_artifact
 
         return read_artifact(artifact)
+
+    def overhead(self, layout: Layout, bits: int, options: OnnxOptions) -> Overhead:
+        """Operators that decode such a palette, and the tables that decoders share."""
+        from dkm_exporters.onnx.overhead import decoder_overhead
+
+        return decoder_overhead(layout, bits, functions=options.functions)
 
     def notes(self, artifact: Path) -> list[str]:
         """How much of the model the phones' execution providers could take, and what to avoid."""

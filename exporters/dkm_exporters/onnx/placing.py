@@ -17,6 +17,9 @@ from dkm_export.fields import Field
 DOMAIN: Final = "dkm.lut"
 """Of the functions. A runtime that has an operator of the name may run that in its place."""
 
+TABLE: Final = "dkm/table/"
+"""How names of the tables begin that decoders share."""
+
 
 class Constants:
     """What the decoders of a model share, each once: tables, and a few integers."""
@@ -63,7 +66,7 @@ class Inline:
 
     def table(self, width: int) -> ir.Value:
         """uint8 ``[256, 8 / width]``: the fields of this width in each byte."""
-        table = self._constants.initializer(f"dkm/table/{width}", Field(width, 0).table())
+        table = self._constants.initializer(f"{TABLE}{width}", Field(width, 0).table())
         return self.take(table, f"table_{width}")
 
     def constant(self, array: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> ir.Value:
