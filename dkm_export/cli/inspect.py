@@ -158,7 +158,11 @@ def _show_difference(
     terminal.print(f"from {found[0].file} to {found[1].file}")
     for title, wanted in (("layer", True), ("dense tensor", False)):
         rows = [
-            (change.name, *(_in_short(side) for side in (change.before, change.after)), _say(change))
+            (
+                change.name,
+                *(_in_short(side) for side in (change.before, change.after)),
+                _say(change),
+            )
             for change in changes
             if change.is_layer is wanted and change.changed
         ]

@@ -134,9 +134,7 @@ class Artifact:
         if len(initializers) < len(contents.initializers):
             raise InvalidInput(f"{path}: two initializers have the same name")
         if KEY not in contents.metadata:
-            raise InvalidInput(
-                f"{path}: has no '{KEY}' metadata, so `dkm export` did not write it"
-            )
+            raise InvalidInput(f"{path}: has no '{KEY}' metadata, so `dkm export` did not write it")
         try:
             table = Table.model_validate_json(contents.metadata[KEY])
         except ValidationError as error:
@@ -172,9 +170,7 @@ class Artifact:
                 for part in own.values()
             )
             parts.update(own.values())
-            yield stored_palette(
-                name, palette, value_bytes=value, lut_bytes=lut, scale_bytes=scale
-            )
+            yield stored_palette(name, palette, value_bytes=value, lut_bytes=lut, scale_bytes=scale)
         for name, tensor in self.initializers.items():
             if name not in parts and not name.startswith("dkm/"):
                 reason = self.table.dense.get(name, NO_WEIGHT)

@@ -44,7 +44,10 @@ class Contents:
             self.nodes.append(node)
             for attribute in node.attribute:
                 # protobuf reads no deeper nesting than 100
-                for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                for graph in (
+                    *attribute.graphs,
+                    *([attribute.g] if attribute.HasField("g") else []),
+                ):
                     self.add_graph(graph)
                 if node.op_type == "Constant" and attribute.HasField("t") and attribute.t.dims:
                     constant = onnx.TensorProto()
