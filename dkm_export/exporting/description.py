@@ -93,7 +93,7 @@ def stored_palette(
         palette.bits,
         layout.dim,
         layout.groups,
-        layout.axis,
+        layout.axis if layout.dim > 1 else None,
         palette.packed.nbytes if value_bytes is None else value_bytes,
         palette.lut.nbytes if lut_bytes is None else lut_bytes,
         scale_bytes,

@@ -322,10 +322,13 @@ class Package:
         data_type, shape = self._data_type(tensor_type.dataType), self._fixed_shape(tensor_type)
         bits = data_type.bits or 8 * np.dtype(data_type.dtype).itemsize
         word = MIL_pb2.DataType.Name(tensor_type.dataType).lower()
+        nbytes = packed_size(math.prod(shape), bits)
         if value.WhichOneof("value") != "blobFileValue":
-            return Storage(word, bits, shape, value.immediateValue.ByteSize(), None)
+            # protobuf stores small integers in few bytes
+            nbytes = min(nbytes, value.immediateValue.ByteSize())
+            return Storage(word, bits, shape, nbytes, None)
         place = (value.blobFileValue.fileName, value.blobFileValue.offset)
-        return Storage(word, bits, shape, packed_size(math.prod(shape), bits), place)
+        return Storage(word, bits, shape, nbytes, place)
 
     def _value(self, value: Any) -> Constant:
         if value.type.WhichOneof("type") == "listType":
