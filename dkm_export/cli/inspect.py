@@ -156,20 +156,18 @@ def _show_difference(
         )
         return
     terminal.print(f"from {found[0].file} to {found[1].file}")
-    for title, wanted in (("layer", True), ("dense tensor", False)):
-        rows = [
-            (
-                change.name,
-                *(_in_short(side) for side in (change.before, change.after)),
-                _say(change),
-            )
-            for change in changes
-            if change.is_layer is wanted and change.changed
-        ]
-        same = sum(change.is_layer is wanted and not change.changed for change in changes)
+    for title, is_layer in (("layer", True), ("dense tensor", False)):
+        concerned = [change for change in changes if change.is_layer is is_layer]
+        changed = [change for change in concerned if change.changed]
+        if not is_layer:
+            changed.sort(key=_largest, reverse=True)
+        shown = changed if is_layer else changed[:_MOST_DENSE]
+        rows = [(x.name, _in_short(x.before), _in_short(x.after), _differences(x)) for x in shown]
         if rows:
             terminal.table("", (title, "before", "after", "difference"), rows)
-        terminal.print(f"{title}s without a difference: {same}")
+        if len(changed) > len(shown):
+            terminal.print(f"and {len(changed) - len(shown)} smaller ones")
+        terminal.print(f"{title}s without a difference: {len(concerned) - len(changed)}")
     rows = []
     for key in (*totals[0]["bytes_by_kind"], "bytes", "zipped_bytes", "paper_bytes"):
         before, after = (x["bytes_by_kind"].get(key, x.get(key)) for x in totals)
@@ -192,11 +190,15 @@ def _gain(before: int | None, after: int | None) -> str:
     return "-" if before is None or after is None else f"{after - before:+,}"
 
 
+def _largest(change: Change) -> int:
+    return max(side.nbytes for side in (change.before, change.after) if side is not None)
+
+
 def _in_short(tensor: StoredTensor | None) -> str:
     return "-" if tensor is None else f"{tensor.encoding}, {tensor.nbytes:,} B"
 
 
-def _say(change: Change) -> str:
+def _differences(change: Change) -> str:
     if change.before is None:
         return "added"
     if change.after is None:

@@ -34,7 +34,7 @@ from executorch.exir.schema import (
 )
 
 from dkm_export.errors import InvalidInput
-from dkm_exporters.executorch.tables import Budget, require_bounded
+from dkm_exporters.executorch.tables import Budget, fill, require_bounded
 
 _MAGIC = b"ET"
 _ALIGNMENT = 128
@@ -80,6 +80,7 @@ class ProgramFile:
             _patch_generated_flatbuffer_aliases()  # or the generated classes do not find each other
             require_bounded(Program.GetRootAs(program), Budget.of(len(program)))
             self._program: Any = _flatbuffer_to_program(program)
+            fill(self._program)
             self._data = memoryview(data)[header.segment_base_offset : end]
             self._segments = self._cut(self._data)
             self._constants = self._segments[self._program.constant_segment.segment_index]
@@ -145,10 +146,11 @@ class ProgramFile:
             InvalidInput: when they would lie outside of the file.
         """
         offsets = self._program.constant_segment.offsets
-        start: int = offsets[index] if index < len(offsets) else len(self._constants)
+        start = offsets[index] if index < len(offsets) else len(self._constants)
         if size < 0 or start + size > len(self._constants):
             raise InvalidInput(f"{self.path}: constant {index} is not within the file")
-        return self._constants[start : start + size]
+        found: memoryview = self._constants[start : start + size]
+        return found
 
     @property
     def methods(self) -> list[str]:
@@ -202,7 +204,7 @@ class ProgramFile:
             if place.location == DataLocation.SEGMENT:
                 return bytes(self._segments[place.index])
             return bytes(self._program.backend_delegate_data[place.index].data)
-        except IndexError as error:
+        except (IndexError, AttributeError) as error:
             raise InvalidInput(f"{self.path}: delegate {index} is not within the file") from error
 
     def set_delegate(self, method: str, index: int, processed: bytes) -> None:

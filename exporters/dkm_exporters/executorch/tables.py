@@ -7,13 +7,16 @@ thousands of large ones. Sound files share next to nothing.
 from __future__ import annotations
 
 import struct
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, get_origin, get_type_hints
 
 from flatbuffers.table import Table as Union
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _SHARED: Final = 4
 """How many times its size may be read of a file."""
@@ -124,7 +127,7 @@ class Table:
         return struct.unpack_from(form, self._data, place)[0]
 
 
-def require_bounded(part: Any, budget: Budget) -> None:
+def require_bounded(part: object, budget: Budget) -> None:
     """Read all of an ExecuTorch program, as its generated class gives it, within the budget.
 
     What makes objects of it then needs no more than some multiple of the file's size.
@@ -132,8 +135,7 @@ def require_bounded(part: Any, budget: Budget) -> None:
     Raises:
         ValueError, struct.error and others: when the program is malformed.
     """
-    kind: Hashable = type(part)
-    lists, fields = _accessors(kind)
+    lists, fields = _accessors(tuple(vars(type(part))))
     for name in lists:
         count = getattr(part, f"{name}Length")()
         budget.take(count)
@@ -161,9 +163,9 @@ def _visit(value: Any, budget: Budget) -> bool:
 
 
 @cache
-def _accessors(kind: Hashable) -> tuple[list[str], list[str]]:
-    """Names of the methods that give an item of a list, and of those that give one value."""
-    names = [name for name in vars(kind) if name[0].isupper() and name != "Init"]
+def _accessors(methods: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Those of the methods that give an item of a list, and of those that give one value."""
+    names = [name for name in methods if name[0].isupper() and name != "Init"]
     lists = [name for name in names if f"{name}Length" in names]
     counts = {f"{name}{end}" for name in lists for end in ("Length", "IsNone", "AsNumpy")}
     fields = [
@@ -182,3 +184,26 @@ def _as(union: str, number: int, table: Any) -> Any:
     value = getattr(import_module(f"{_GENERATED}.{name}"), name)()
     value.Init(table.Bytes, table.Pos)
     return value
+
+
+def fill(part: DataclassInstance) -> None:
+    """Let absent lists and texts of a program be empty, as the runtime takes them, in place."""
+    for name, kind in _kinds(part).items():
+        value = getattr(part, name)
+        if value is None and kind in (list, str, bytes):
+            setattr(part, name, kind())
+        for item in value if isinstance(value, list) else [value]:
+            if is_dataclass(item) and not isinstance(item, type):
+                fill(item)
+
+
+def _kinds(part: DataclassInstance) -> dict[str, type]:
+    """By field, what it holds without the types of items."""
+    key = type(part).__name__
+    if key not in _KINDS:
+        hints = get_type_hints(type(part))
+        _KINDS[key] = {name: get_origin(hint) or hint for name, hint in hints.items()}
+    return _KINDS[key]
+
+
+_KINDS: Final[dict[str, dict[str, type]]] = {}
