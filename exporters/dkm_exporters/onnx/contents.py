@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,9 +71,25 @@ def read_contents(path: Path) -> Contents:
             contents.add_nodes(function.node)
     except OSError as error:
         raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from error
-    except (DecodeError, UnicodeDecodeError) as error:
+    except DecodeError as error:
         raise InvalidInput(f"{path}: not an ONNX file, or cut short") from error
+    if not all(isinstance(text, str) for text in _texts(contents)):
+        raise InvalidInput(f"{path}: a name in it is no text: export it again")
     return contents
+
+
+def _texts(contents: Contents) -> Iterator[str]:
+    """All texts that are used; protobuf gives bytes for what is not UTF-8."""
+    for item in contents.metadata.items():
+        yield from item
+    sparse = (part for entry in contents.sparse for part in (entry.values, entry.indices))
+    for tensor in (*contents.initializers, *contents.constants, *sparse):
+        yield tensor.name
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
+    for node in contents.nodes:
+        yield from (node.op_type, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
 
 
 def outside(path: Path, tensor: onnx.TensorProto) -> tuple[Path, int, int]:
