@@ -158,9 +158,9 @@ class ProgramFile:
         return [plan.name for plan in self._program.execution_plan]
 
     @property
-    def names(self) -> list[str]:
-        """Keys of all data that the file has by name."""
-        return list(self._named)
+    def named_sizes(self) -> dict[str, int]:
+        """Bytes of all data that the file has by name."""
+        return {key: len(data) for key, data in self._named.items()}
 
     @property
     def initial_bytes(self) -> int:

@@ -24,9 +24,10 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from dkm_export.entry import PaletteEntry
-from dkm_export.errors import InvalidInput
+from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.fields import unpack_fields
 from dkm_export.palette import Palette, packed_size
+from dkm_export.plugins import missing_packages
 from dkm_export.validation import explain
 from dkm_exporters.executorch.blob import read_blob
 from dkm_exporters.executorch.buffers import Buffers
@@ -196,6 +197,9 @@ class _Reader:
 
     def _ml_program(self, index: int) -> Iterator[Decode]:
         """The palettes of a Core ML delegate, in the order of its operations."""
+        missing = missing_packages(("coremltools",), "coreml")
+        if missing:
+            raise Unsupported(f"{self._file.path}: {missing}")
         # It imports coremltools, which takes seconds.
         from dkm_exporters.executorch.ml_programs import read_part
 

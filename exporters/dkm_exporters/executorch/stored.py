@@ -29,11 +29,12 @@ from dkm_export.plugins import missing_packages
 from dkm_exporters.executorch.header import PALETTES_METHOD
 from dkm_exporters.executorch.program import ProgramFile
 from dkm_exporters.executorch.reading import COREML, Decode, read_decodes
-from dkm_exporters.executorch.xnnpack import LUT_BACKEND
+from dkm_exporters.executorch.xnnpack import BLOB_PREFIX, LUT_BACKEND
 from dkm_exporters.executorch.xnnpack_graph import DATA_TYPES, Constant, Place, read_constants
 
 _XNNPACK: Final = ("XnnpackBackend", LUT_BACKEND)
 _MOST_AXES: Final = 64
+_ELSEWHERE: Final = "constants in another file"
 
 _WORDS: Final = {
     ScalarType.BYTE: ("uint8", 8),
@@ -116,11 +117,10 @@ class _Reader:
         yield from delegated
         if self.file.initial_bytes:
             self.unread["values that buffers have at first"] = self.file.initial_bytes
-        own = {decode.packed for decode in self.decodes.values()}
-        for key in self.file.names:
-            data = self.file.named(key) or b""
-            if (_NAMED, key) not in self._seen and data not in own:
-                self.unread[f"data named '{key}'"] = len(data)
+        packed = {BLOB_PREFIX + decode.key for decode in self.decodes.values()}
+        for key, size in self.file.named_sizes.items():
+            if (_NAMED, key) not in self._seen and key not in packed:
+                self.unread[f"data named '{key}'"] = size
 
     def _constants(self) -> Iterator[StoredTensor]:
         """Constants of the program itself, less those that palettes consist of."""
@@ -140,7 +140,7 @@ class _Reader:
                     continue
                 if place in quantized:
                     operator, own = quantized[place]
-                    entry = self._with_scales(entry, operator, [own[x] for x in own])
+                    entry = self._with_scales(entry, operator, own)
                 yield entry
 
     def _quantized(self, plan: Any) -> Iterator[tuple[_Key, tuple[_Quantized, dict[_Key, Any]]]]:
@@ -164,7 +164,7 @@ class _Reader:
                     yield weight, (operator, known)
 
     def _stored(self, tensor: Any, place: _Key) -> tuple[StoredTensor, bytes]:
-        """A constant as it is, and its bytes; none where they are in another file."""
+        """A constant as it is, and its bytes where it is none that has a name."""
         word, bits = _WORDS.get(tensor.scalar_type, (tensor.scalar_type.name.lower(), 0))
         sizes = tuple(tensor.sizes)
         if len(sizes) > _MOST_AXES or any(size < 0 for size in sizes):
@@ -176,21 +176,20 @@ class _Reader:
         if kind == _CONSTANT:
             data = bytes(self.file.constant_bytes(int(name), nbytes))
             return StoredTensor(f"constant {name}", sizes, word, value_bytes=nbytes), data
-        named = self.file.named(name)
-        if named is None:
-            self.unread["constants in another file"] = 0
+        size = self.file.named_sizes.get(name)
+        if size is None:
+            self.unread[_ELSEWHERE] = 0
             return StoredTensor(name, sizes, word, reason="in another file"), b""
-        return StoredTensor(name, sizes, word, value_bytes=len(named)), named
+        return StoredTensor(name, sizes, word, value_bytes=size), b""
 
     def _with_scales(
-        self, entry: StoredTensor, operator: _Quantized, parts: list[Any]
+        self, entry: StoredTensor, operator: _Quantized, parts: Mapping[_Key, Any]
     ) -> StoredTensor:
         """The entry of a weight that is dequantized with these."""
-        stored = [(part, place) for part in parts if (place := _place(part)) is not None]
-        entries = [self._stored(part, place)[0] for part, place in stored]
-        new = [x for x, (_, place) in zip(entries, stored, strict=True) if place not in self._seen]
-        self._seen |= {place: entry.name for _, place in stored}
-        groups = max((math.prod(x.shape) for x in entries), default=1)
+        entries = {place: self._stored(part, place)[0] for place, part in parts.items()}
+        new = [x for place, x in entries.items() if place not in self._seen]
+        self._seen |= dict.fromkeys(parts, entry.name)
+        groups = max((math.prod(x.shape) for x in entries.values()), default=1)
         how = "per channel" if operator.parts else "per tensor"
         packed = 8 // operator.bits
         return replace(
@@ -254,14 +253,14 @@ class _Reader:
                 name = f"{label}/node {constant.node}/{constant.role}"
             else:
                 name = f"{label}/value {constant.number}"
-            yield self._xnnpack_constant(constant, name, blob)
+            yield self._xnnpack_constant(constant, name, label)
 
-    def _xnnpack_constant(self, constant: Constant, name: str, blob: bytes) -> StoredTensor:
+    def _xnnpack_constant(self, constant: Constant, name: str, label: str) -> StoredTensor:
         word, bits = DATA_TYPES.get(constant.data_type, (f"type {constant.data_type}", None))
-        nbytes, reason = self._new_bytes(constant.place, name, blob)
+        nbytes, reason = self._new_bytes(constant.place, name, label)
         scale_bytes = constant.scale_bytes
         if constant.scale_place is not None:
-            scale_bytes += self._new_bytes(constant.scale_place, name, blob)[0]
+            scale_bytes += self._new_bytes(constant.scale_place, name, label)[0]
         how = "per channel" if constant.scales else "per tensor"
         if constant.block:
             how = f"in blocks of {constant.block}"
@@ -276,16 +275,19 @@ class _Reader:
             reason=reason,
         )
 
-    def _new_bytes(self, place: Place, name: str, blob: bytes) -> tuple[int, str]:
+    def _new_bytes(self, place: Place, name: str, label: str) -> tuple[int, str]:
         """Bytes at a place of a part, 0 where they are counted already; and what is to be known."""
-        key: object = (_NAMED, place.key) if place.key else (id(blob), place.offset)
+        key: object = (_NAMED, place.key) if place.key else (label, place.offset)
         first = self._seen.setdefault(key, name)
         if first != name:
             return 0, f"the same bytes as {first}"
-        if place.key and self.file.named(place.key) is None:
-            self.unread["constants in another file"] = 0
+        if not place.key:
+            return place.size, ""
+        size = self.file.named_sizes.get(place.key)
+        if size is None:
+            self.unread[_ELSEWHERE] = 0
             return 0, "in another file"
-        if place.key and len(self.file.named(place.key) or b"") < place.size:
+        if size < place.size:
             raise self._malformed(f"'{place.key}'")
         return place.size, ""
 

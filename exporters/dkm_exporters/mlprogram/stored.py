@@ -126,9 +126,9 @@ class _Function:
             inner = StoredTensor(constant.name, data.shape, data.word, data.bits)
         else:
             inner = StoredTensor(constant.name, (), "unknown", 0)
-        entry = replace(inner, name=constant.name, shape=_shape(constant) or inner.shape)
         if kind in (_CONST, _CAST):
-            return replace(entry, bits=None)
+            return replace(inner, name=constant.name, bits=None)
+        entry = replace(inner, name=constant.name, shape=_shape(constant) or inner.shape)
         if kind in (LUT_TO_DENSE, _SPARSE_LUT):
             return self._palette(constant, entry)
         if kind == _SPARSE:
@@ -150,14 +150,13 @@ class _Function:
         # of int8, it is scaled
         sizes = _shape(lut) if isinstance(lut, Operation) else lut.shape if lut else ()
         entries, dim = (*sizes, 1) if len(sizes) == 1 else sizes[-2:] or (1, 1)
-        axis = self._integer(constant, "vector_axis")
         return replace(
             entry,
             encoding=PALETTE,
             bits=max(entries - 1, 1).bit_length(),
             dim=dim,
             groups=max(math.prod(sizes[:-2]), 1),
-            axis=axis if dim > 1 else None,
+            axis=self._axis(constant, len(entry.shape)) if dim > 1 else None,
         )
 
     def _argument(self, operation: Operation, name: str) -> Storage | Operation | None:
@@ -169,12 +168,13 @@ class _Function:
             return made.storage.get("val") if made and made.kind == _CONST else made
         return None
 
-    def _integer(self, operation: Operation, name: str) -> int | None:
-        for value in operation.arguments.get(name, []):
-            if isinstance(value, Reference) and value.name in self._made:
-                (value,) = self._made[value.name].arguments.get("val", [value])
-            if isinstance(value, np.ndarray) and value.size == 1:
-                return int(value.reshape(()))
+    def _axis(self, constant: Operation, rank: int) -> int | None:
+        """Along which the vectors of a palette lie, where the program says it."""
+        for value in constant.arguments.get("vector_axis", []):
+            made = self._made.get(value.name) if isinstance(value, Reference) else None
+            for known in made.arguments.get("val", []) if made else [value]:
+                if isinstance(known, np.ndarray) and known.size == 1 and known.dtype.kind in "iu":
+                    return int(known.reshape(())) % max(rank, 1)
         return None
 
     def _with_bytes(self, constant: Operation, entry: StoredTensor) -> StoredTensor:

@@ -156,14 +156,14 @@ class Artifact:
                 raise InvalidInput(f"{self.path}: {name}: {error}") from error
         return palettes
 
-    def stored(self) -> Iterator[StoredTensor]:
-        """What is stored: palettes, then tensors without one in the order of the file.
+    def stored(self, palettes: Mapping[str, Palette]) -> Iterator[StoredTensor]:
+        """What is stored: these palettes, then tensors without one in the order of the file.
 
         Raises:
             InvalidInput: when an initializer is of another size than it says.
         """
         sizes, parts = Sizes(self.path), set[str]()
-        for name, palette in self.palettes().items():
+        for name, palette in palettes.items():
             own = {part: f"{name}.{part}" for part in ("indices", "lut", "scale")}
             value, lut, scale = (
                 sizes.of(self.initializers[part])[0] if part in self.initializers else 0

@@ -36,4 +36,5 @@ def describe(contents: Contents, files: Sequence[Path]) -> Description:
     if KEY not in contents.metadata:
         return Description(everything, distinct(stored_tensors(contents)))
     artifact = Artifact.of(contents)
-    return Description(everything, distinct(artifact.stored()), artifact.palettes())
+    palettes = artifact.palettes()
+    return Description(everything, distinct(artifact.stored(palettes)), palettes)
