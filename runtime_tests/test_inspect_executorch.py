@@ -111,7 +111,7 @@ def test_a_weight_that_two_layers_share_counts_once(tmp_path: Path) -> None:
     assert all(reason.startswith("the same bytes as forward/delegate 0/node") for reason in shared)
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("per_channel", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_quantized_by_pt2e(per_channel: bool, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
@@ -134,7 +134,7 @@ def test_quantized_by_pt2e(per_channel: bool, tmp_path: Path) -> None:
     assert [x.scale_bytes for x in weights] == ([4 * n for n in groups] if per_channel else [0] * 3)
 
 
-@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize("block", [32, pytest.param(64, marks=pytest.mark.slow)])
 def test_quantized_by_torchao(block: int, tmp_path: Path) -> None:
     """8da4w: activations of 8 bits, weights of 4."""
     pytest.importorskip("torchao")
@@ -198,6 +198,7 @@ def test_weights_in_another_file_are_said_to_be_there(tmp_path: Path) -> None:
     assert found.account is None
 
 
+@pytest.mark.slow
 def test_what_a_delegate_for_core_ml_has(tmp_path: Path) -> None:
     pytest.importorskip("coremltools")
     from executorch.backends.apple.coreml.partition import CoreMLPartitioner
@@ -332,8 +333,11 @@ def shared_parts(count: int) -> bytes:
     builder.StartVector(4, 1, 4)
     builder.PrependUOffsetTRelative(plan)
     plans = builder.EndVector()
+    builder.StartObject(2)
+    constants = builder.EndObject()
     builder.StartObject(8)
     builder.PrependUOffsetTRelativeSlot(1, plans, 0)
+    builder.PrependUOffsetTRelativeSlot(5, constants, 0)
     builder.Finish(builder.EndObject(), file_identifier=b"ET12")
     return bytes(builder.Output())
 
@@ -344,3 +348,12 @@ def test_a_small_file_cannot_claim_to_be_large(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"net\.pte: the program is malformed") as caught:
         inspect(path)
     assert "parts of the file overlap" in str(caught.value.__cause__)
+
+
+def test_what_a_program_leaves_out_is_empty(tmp_path: Path) -> None:
+    """As the runtime takes it; this one has neither values nor delegates nor offsets."""
+    path = tmp_path / "net.pte"
+    path.write_bytes(shared_parts(1))
+    found = inspect(path)
+    assert not found.description.tensors
+    assert found.totals["graph, names, headers"] == found.bytes
