@@ -1,19 +1,32 @@
-"""Look into a checkpoint or an artifact."""
+"""Look into a checkpoint or an artifact, whoever wrote it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import math
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dkm_export.checkpoint import SUFFIX, find_checkpoint, load_checkpoint
 from dkm_export.errors import InvalidInput, Unsupported
-from dkm_export.exporting.exporter import DenseTensor, Exporter
-from dkm_export.palette import Palette
-from dkm_export.palettized import PalettizedModel
+from dkm_export.exporting.description import Description, StoredTensor, stored_palette
+from dkm_export.exporting.exporter import Exporter
 from dkm_export.plugins import EXPORTERS, discover
 from dkm_export.quiet import quiet
+from dkm_export.sizing import Account, DenseSize, account_sizes
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+    from dkm_export.palette import Palette
+    from dkm_export.palettized import PalettizedModel
+
+_LEVEL: Final = 9
+"""Of deflate, the most that zip has."""
 
 
 @dataclass(frozen=True)
@@ -22,23 +35,88 @@ class Inspection:
 
     Attributes:
         file: that was looked at.
-        bytes: of the file, and of those that belong to it.
-        palettes: by parameter name.
-        dense: what is stored without a palette; None where the kind of file cannot tell.
+        description: its content.
     """
 
     file: Path
-    bytes: int
-    palettes: Mapping[str, Palette]
-    dense: Sequence[DenseTensor] | None
+    description: Description
+
+    @property
+    def palettes(self) -> Mapping[str, Palette]:
+        """By name, those of which LUT and indices are known bit for bit."""
+        return self.description.palettes
+
+    @cached_property
+    def layers(self) -> list[StoredTensor]:
+        """What is compressed, in the order of the file."""
+        return [tensor for tensor in self.description.tensors if tensor.bits is not None]
+
+    @cached_property
+    def dense(self) -> list[StoredTensor]:
+        """What is not, the largest first."""
+        dense = [tensor for tensor in self.description.tensors if tensor.bits is None]
+        return sorted(dense, key=lambda tensor: -tensor.nbytes)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of the file, and of those that belong to it."""
+        return sum(file.stat().st_size for file in self.description.files)
+
+    @cached_property
+    def totals(self) -> dict[str, int]:
+        """Bytes by kind; together all that there are."""
+        known = {
+            "indices and quantized values": sum(x.value_bytes for x in self.layers),
+            "LUTs": sum(x.lut_bytes for x in self.layers),
+            "scales": sum(x.scale_bytes for x in self.layers),
+            "dense tensors": sum(x.nbytes for x in self.dense),
+            "not taken apart": sum(self.description.unread.values()),
+        }
+        return known | {"graph, names, headers": self.bytes - sum(known.values())}
+
+    @cached_property
+    def account(self) -> Account | None:
+        """Sizes by the DKM paper's convention; None where that does not apply.
+
+        It counts indices, LUTs and dense numbers, so all there is has to be one of these.
+        """
+        palettes = [self.palettes.get(layer.name) for layer in self.layers]
+        if not palettes or None in palettes or self.description.unread:
+            return None
+        known = [palette for palette in palettes if palette is not None]
+        scales = [
+            DenseSize(f"{layer.name}.scale", palette.scale.size, layer.scale_bytes, floating=True)
+            for layer, palette in zip(self.layers, known, strict=True)
+            if palette.scale is not None
+        ]
+        dense = [
+            DenseSize(x.name, math.prod(x.shape), x.nbytes, floating="float" in x.encoding)
+            for x in self.dense
+        ]
+        return account_sizes([(p.layout, p.bits) for p in known], dense + scales)
+
+    def zipped(self) -> int:
+        """Bytes of a zip file of all files, as a download would be; takes a while for large ones.
+
+        Raises:
+            OSError: when a file cannot be read.
+        """
+        sink = _Counter()
+        with zipfile.ZipFile(
+            sink, "w", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL, strict_timestamps=False
+        ) as archive:
+            for file in self.description.files:
+                archive.write(file, file.relative_to(self.file.parent))
+        return sink.count
 
 
 def inspect(path: Path, *, verbose: bool = False) -> Inspection:
-    """Read a checkpoint, the folder of a run, or an artifact.
+    """Read a checkpoint, the folder of a run, or an artifact of any tool.
 
     Raises:
         InvalidInput: when the path is missing, malformed or of no known kind.
-        Unsupported: when reading it needs a package that is not installed.
+        Unsupported: when reading it needs a package that is not installed, or the format has no
+            reader.
     """
     exporters: dict[str, Exporter[Any]] = {e.suffix: e for e in discover(EXPORTERS).values()}
     if not path.exists():
@@ -49,25 +127,48 @@ def inspect(path: Path, *, verbose: bool = False) -> Inspection:
         if reason:
             raise Unsupported(f"{path}: {reason}")
         with quiet(enabled=not verbose):
-            palettes, dense = exporter.read_palettes(path), exporter.read_dense(path)
-        return Inspection(path, _size(exporter.files(path)), palettes, dense)
-    path = find_checkpoint(path)
-    if not path.name.endswith(SUFFIX):
-        known = ", ".join((SUFFIX, *exporters))
-        raise InvalidInput(f"{path}: unknown kind of file, known: {known}")
-    model = load_checkpoint(path)
-    return Inspection(path, _size([path]), model.palettes, _dense(model))
+            found = Inspection(path, exporter.describe(path))
+    else:
+        path = find_checkpoint(path)
+        if not path.name.endswith(SUFFIX):
+            known = ", ".join((SUFFIX, *exporters))
+            raise InvalidInput(f"{path}: unknown kind of file, known: {known}")
+        model = load_checkpoint(path)
+        found = Inspection(path, Description([path], list(_stored(model)), model.palettes))
+    _require_inside(path, found.description.files)
+    if min(found.totals.values()) < 0:
+        raise InvalidInput(f"{path}: claims to hold more bytes than there are: export it again")
+    return found
 
 
-def _dense(model: PalettizedModel) -> list[DenseTensor]:
+def _stored(model: PalettizedModel) -> Iterator[StoredTensor]:
     """Without reasons: only the model's code could tell them, and to look at a file runs none."""
-    return [
-        DenseTensor(
-            name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.nbytes, ""
-        )
-        for name, tensor in model.dense.items()
-    ]
+    for name, palette in model.palettes.items():
+        yield stored_palette(name, palette)
+    for name, tensor in model.dense.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        yield StoredTensor(name, tuple(tensor.shape), dtype, value_bytes=tensor.nbytes)
 
 
-def _size(files: Sequence[Path]) -> int:
-    return sum(file.stat().st_size for file in files)
+def _require_inside(path: Path, files: Sequence[Path]) -> None:
+    """Refuse links out of the folder of the artifact: what they lead to is none of its files."""
+    folder = (path if path.is_dir() else path.parent).resolve()
+    for file in files:
+        if file != path and not file.resolve().is_relative_to(folder):
+            raise InvalidInput(f"{path}: '{file.name}' leads out of its folder: remove it")
+
+
+class _Counter(io.RawIOBase):
+    """A file that only counts what is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        size = memoryview(data).nbytes
+        self.count += size
+        return size

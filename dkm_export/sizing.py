@@ -72,7 +72,16 @@ class Account(Frozen):
 
 
 @dataclass(frozen=True)
-class _Dense:
+class DenseSize:
+    """A tensor without a palette.
+
+    Attributes:
+        name: by which statistics of batch norm are told.
+        count: of its values.
+        nbytes: that they take.
+        floating: whether they are floating point numbers.
+    """
+
     name: str
     count: int
     nbytes: int
@@ -88,10 +97,10 @@ def account(model: PalettizedModel, file_bytes: int | None = None) -> Account:
     """
     palettes = [(palette.layout, palette.bits) for palette in model.palettes.values()]
     dense = [
-        _Dense(name, tensor.numel(), tensor.nbytes, tensor.is_floating_point())
+        DenseSize(name, tensor.numel(), tensor.nbytes, tensor.is_floating_point())
         for name, tensor in model.dense.items()
     ]
-    return _account(palettes, dense, file_bytes)
+    return account_sizes(palettes, dense, file_bytes)
 
 
 def predict(layers: Sequence[LayerPlan], state: Mapping[str, Tensor]) -> Account:
@@ -106,7 +115,7 @@ def predict(layers: Sequence[LayerPlan], state: Mapping[str, Tensor]) -> Account
     planned = {layer.name for layer in chosen}
     dense = [
         # half-precision tensors are stored as float32
-        _Dense(
+        DenseSize(
             name,
             tensor.numel(),
             tensor.numel() * max(4 * tensor.is_floating_point(), tensor.element_size()),
@@ -115,12 +124,21 @@ def predict(layers: Sequence[LayerPlan], state: Mapping[str, Tensor]) -> Account
         for name, tensor in state.items()
         if name not in planned
     ]
-    return _account(palettes, dense)
+    return account_sizes(palettes, dense)
 
 
-def _account(
-    palettes: Sequence[tuple[Layout, int]], dense: Sequence[_Dense], file_bytes: int | None = None
+def account_sizes(
+    palettes: Sequence[tuple[Layout, int]],
+    dense: Sequence[DenseSize],
+    file_bytes: int | None = None,
 ) -> Account:
+    """Count what is known by its sizes alone.
+
+    Args:
+        palettes: layout and bits of each.
+        dense: everything else.
+        file_bytes: of the files that they are in, to count what else is there.
+    """
     counted = list(_palette_lines(palettes)) + list(_dense_lines(dense))
     present = {line.kind for line in counted}
     kinds = [kind for kind in _KINDS if kind in present]
@@ -152,7 +170,7 @@ def _palette_lines(palettes: Iterable[tuple[Layout, int]]) -> Iterator[SizeLine]
             yield SizeLine(kind=_LUTS, paper=lut, stored=lut)
 
 
-def _dense_lines(dense: Sequence[_Dense]) -> Iterator[SizeLine]:
+def _dense_lines(dense: Sequence[DenseSize]) -> Iterator[SizeLine]:
     norms = {x.name.rpartition(".")[0] for x in dense if x.name.endswith(_STATISTICS)}
     for tensor in dense:
         count, stored = tensor.count, tensor.nbytes

@@ -104,7 +104,7 @@ class Terminal:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table with numbers to the right, as wide as its content: a log has no width."""
-        content = Table.of(header, rows)
+        content = Table.of(header, [[printable(str(cell)) for cell in row] for row in rows])
         cells, numeric = content.rows, content.numeric
         widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
 
@@ -115,7 +115,8 @@ class Terminal:
             )
             return "  ".join(padded).rstrip()
 
-        self.print(title)
+        if title:
+            self.print(title)
         self.print(line(header))
         self.print("  ".join("-" * width for width in widths))
         for row in cells:
@@ -123,10 +124,15 @@ class Terminal:
 
     def error(self, message: str, code: int) -> None:
         """One line on stderr; with ``--json`` also an object on stdout."""
-        line = " ".join(message.split())
+        line = printable(" ".join(message.split()))
         print(f"dkm: error: {line}", file=sys.stderr)
         if self.json:
             self.result({"error": {"message": line, "exit_code": int(code)}})
+
+
+def printable(text: str) -> str:
+    """The text for one line: names in files may hold what would control the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def size(count: int) -> str:

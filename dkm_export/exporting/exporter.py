@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from dkm_export.errors import Unsupported
+from dkm_export.exporting.description import Description, stored_palette
 from dkm_export.files import files_below
 from dkm_export.palette import MAX_BITS, MAX_DIM
 from dkm_export.plugins import missing_packages
@@ -61,25 +62,6 @@ class Capabilities:
 
 
 @dataclass(frozen=True)
-class DenseTensor:
-    """What an artifact stores without a palette.
-
-    Attributes:
-        name: in the artifact; a parameter's own name where it is one.
-        shape: its sizes.
-        dtype: its type.
-        nbytes: that its values take.
-        reason: why it has no palette, or an empty string where nothing tells.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    nbytes: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Overhead:
     """Bytes for decoding a palette.
 
@@ -90,10 +72,6 @@ class Overhead:
 
     own: int = 0
     shared: Mapping[str, int] = field(default_factory=dict)
-
-
-NO_WEIGHT: Final = "no layer's weight"
-"""The reason of biases, norms and constants."""
 
 
 class NoOptions(Frozen):
@@ -182,13 +160,20 @@ class Exporter(ABC, Generic[Options]):
             InvalidInput: when the file is malformed.
         """
 
-    def read_dense(self, artifact: Path) -> list[DenseTensor] | None:
-        """What such a file stores without a palette, or None where the target cannot tell.
+    def describe(self, artifact: Path) -> Description:
+        """What is stored in a file of this kind, whoever wrote it; for people who look at it.
+
+        What this target wrote has to be as `read_palettes` wants it. A target that does not say
+        more than its palettes leaves the rest of the file unread.
 
         Raises:
             InvalidInput: when the file is malformed.
+            Unsupported: when it is of a kind that is not read.
         """
-        return None
+        palettes, files = self.read_palettes(artifact), self.files(artifact)
+        tensors = [stored_palette(name, palette) for name, palette in palettes.items()]
+        rest = sum(file.stat().st_size for file in files) - sum(x.nbytes for x in tensors)
+        return Description(files, tensors, palettes, {"everything else": max(rest, 0)})
 
 
 def _allowed(values: Sequence[int], wanted: int) -> str:

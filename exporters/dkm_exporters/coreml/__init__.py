@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dkm_export.exporting import Exporter
+from dkm_export.exporting import Description, Exporter
 from dkm_exporters.coreml.options import FULL
 from dkm_exporters.coreml.options import CoreMLOptions as CoreMLOptions
 
@@ -87,3 +87,15 @@ class CoreMLExporter(Exporter[CoreMLOptions]):
         from dkm_exporters.mlprogram.palettes import read_palettes
 
         return read_palettes(Package(artifact))
+
+    def describe(self, artifact: Path) -> Description:
+        """Every constant of every function, those of packages by coremltools alone too.
+
+        Raises:
+            InvalidInput: when the package is malformed.
+            Unsupported: when it holds something other than an ML program.
+        """
+        from dkm_exporters.mlprogram.package import Package
+        from dkm_exporters.mlprogram.stored import describe
+
+        return Description(self.files(artifact), *describe(Package(artifact)))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dkm_export.errors import Unsupported
-from dkm_export.exporting import Capabilities, Exporter
+from dkm_export.exporting import Capabilities, Description, Exporter
 from dkm_export.plugins import missing_packages
 from dkm_exporters.executorch.options import LINKS, WEIGHTS_SUFFIX
 from dkm_exporters.executorch.options import ExecuTorchOptions as ExecuTorchOptions
@@ -88,3 +88,15 @@ class ExecuTorchExporter(Exporter[ExecuTorchOptions]):
         from dkm_exporters.executorch.reading import read
 
         return read(artifact)
+
+    def describe(self, artifact: Path) -> Description:
+        """Every constant of a program and of its delegates for XNNPACK and Core ML.
+
+        Raises:
+            InvalidInput: when the file is missing, truncated, malformed or contradicts itself.
+            Unsupported: when it has constants of a type that is not known.
+        """
+        from dkm_exporters.executorch.program import ProgramFile
+        from dkm_exporters.executorch.stored import describe
+
+        return describe(ProgramFile(artifact), self.files(artifact))

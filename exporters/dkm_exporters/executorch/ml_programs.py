@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from dkm_export.errors import InvalidInput
+from dkm_export.exporting import StoredTensor
 from dkm_export.palette import Palette
 from dkm_exporters.executorch.folders import unpack_folder
 from dkm_exporters.mlprogram.constants import LUT_TO_DENSE
 from dkm_exporters.mlprogram.package import Package
 from dkm_exporters.mlprogram.palettes import read_palettes
+from dkm_exporters.mlprogram.stored import describe
 
 PACKAGE: Final = "model.mlpackage"
 METADATA: Final = "metadata.json"
@@ -38,9 +41,7 @@ def read_part(processed: bytes, label: str) -> dict[str, Palette]:
         # The delegate would prefer a compiled model.
         if path.partition("/")[0] not in (PACKAGE, METADATA):
             raise InvalidInput(f"{label}: has an unknown file '{path}': export it again")
-    with tempfile.TemporaryDirectory() as folder:
-        write_files(files, Path(folder))
-        package = Package(Path(folder, PACKAGE), label)
+    with _package(files, label) as package:
         used = {name for operation in package.operations for name in operation.references}
         palettes = read_palettes(package)
         for operation in package.operations:
@@ -50,6 +51,29 @@ def read_part(processed: bytes, label: str) -> dict[str, Palette]:
             if palette.scale is not None:
                 raise package.invalid(f"{name}: something scales its weights")
     return palettes
+
+
+def describe_part(
+    processed: bytes, label: str
+) -> tuple[list[StoredTensor], dict[str, Palette], dict[str, int]]:
+    """What is stored in a delegate, whoever made it, as `stored.describe` says it.
+
+    Raises:
+        InvalidInput: when it is malformed, or has no ML program that is not compiled.
+        Unsupported: when it holds something other than an ML program.
+    """
+    files = unpack_folder(processed)
+    if not any(path.startswith(f"{PACKAGE}/") for path in files):
+        raise InvalidInput(f"{label}: has no '{PACKAGE}'")
+    with _package(files, label) as package:
+        return describe(package)
+
+
+@contextmanager
+def _package(files: Mapping[str, bytes], label: str) -> Iterator[Package]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(files, Path(folder))
+        yield Package(Path(folder, PACKAGE), label)
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from executorch.exir._serialize._flatbuffer_program import (
     _flatbuffer_to_program,
+    _patch_generated_flatbuffer_aliases,
     _program_to_flatbuffer,
 )
 from executorch.exir._serialize._program import (
@@ -22,6 +23,7 @@ from executorch.exir._serialize._program import (
     _get_extended_header,
     _insert_flatbuffer_header,
 )
+from executorch.exir._serialize.generated.executorch_flatbuffer.Program import Program
 from executorch.exir._serialize.padding import aligned_size, pad_to
 from executorch.exir.scalar_type import ScalarType
 from executorch.exir.schema import (
@@ -32,6 +34,7 @@ from executorch.exir.schema import (
 )
 
 from dkm_export.errors import InvalidInput
+from dkm_exporters.executorch.tables import Budget, fill, require_bounded
 
 _MAGIC = b"ET"
 _ALIGNMENT = 128
@@ -65,13 +68,19 @@ class ProgramFile:
             raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from error
         self.size = len(data)
         header = _get_extended_header(data)
-        if data[4:6] != _MAGIC or header is None:
-            raise InvalidInput(f"{path}: not an ExecuTorch program with segments")
+        if data[4:6] != _MAGIC or (header is None and _ExtendedHeader.EXPECTED_MAGIC in data[:16]):
+            raise InvalidInput(f"{path}: not an ExecuTorch program, or cut short")
+        if header is None:  # a program without segments
+            header = _ExtendedHeader(self.size, self.size, 0)
         end = header.segment_base_offset + header.segment_data_size
         if not header.program_size <= header.segment_base_offset <= end <= self.size:
             raise InvalidInput(f"{path}: cut short, or its header is malformed: export it again")
         try:
-            self._program: Any = _flatbuffer_to_program(data[: header.program_size])
+            program = data[: header.program_size]
+            _patch_generated_flatbuffer_aliases()  # or the generated classes do not find each other
+            require_bounded(Program.GetRootAs(program), Budget.of(len(program)))
+            self._program: Any = _flatbuffer_to_program(program)
+            fill(self._program)
             self._data = memoryview(data)[header.segment_base_offset : end]
             self._segments = self._cut(self._data)
             self._constants = self._segments[self._program.constant_segment.segment_index]
@@ -126,12 +135,45 @@ class ProgramFile:
         dtype = tensor_dtype(tensor)
         if tensor.data_buffer_idx == 0 or tensor.allocation_info is not None or dtype is None:
             return None
+        count = math.prod(tensor.sizes)
+        data = self.constant_bytes(tensor.data_buffer_idx, count * dtype.itemsize)
+        return np.frombuffer(data, dtype, count).reshape(tensor.sizes)
+
+    def constant_bytes(self, index: int, size: int) -> memoryview:
+        """So many bytes of a constant.
+
+        Raises:
+            InvalidInput: when they would lie outside of the file.
+        """
         offsets = self._program.constant_segment.offsets
-        index, count = tensor.data_buffer_idx, math.prod(tensor.sizes)
         start = offsets[index] if index < len(offsets) else len(self._constants)
-        if count < 0 or start + count * dtype.itemsize > len(self._constants):
+        if size < 0 or start + size > len(self._constants):
             raise InvalidInput(f"{self.path}: constant {index} is not within the file")
-        return np.frombuffer(self._constants, dtype, count, start).reshape(tensor.sizes)
+        found: memoryview = self._constants[start : start + size]
+        return found
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of all methods."""
+        return [plan.name for plan in self._program.execution_plan]
+
+    @property
+    def named_sizes(self) -> dict[str, int]:
+        """Bytes of all data that the file has by name."""
+        return {key: len(data) for key, data in self._named.items()}
+
+    @property
+    def initial_bytes(self) -> int:
+        """Bytes of the values that mutable buffers have at first.
+
+        Raises:
+            InvalidInput: when they are not in the file.
+        """
+        try:
+            parts = self._program.mutable_data_segments or ()
+            return sum(len(self._segments[part.segment_index]) for part in parts if part.offsets)
+        except IndexError as error:
+            raise InvalidInput(f"{self.path}: the values of buffers are not within it") from error
 
     def named(self, key: str) -> bytes | None:
         """Data that a delegate asks for by name, or None when the file does not have it."""
@@ -162,7 +204,7 @@ class ProgramFile:
             if place.location == DataLocation.SEGMENT:
                 return bytes(self._segments[place.index])
             return bytes(self._program.backend_delegate_data[place.index].data)
-        except IndexError as error:
+        except (IndexError, AttributeError) as error:
             raise InvalidInput(f"{self.path}: delegate {index} is not within the file") from error
 
     def set_delegate(self, method: str, index: int, processed: bytes) -> None:

@@ -12,11 +12,11 @@ another order, the palettes no longer agree with the checkpoint.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from subprocess import CalledProcessError
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,10 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from dkm_export.entry import PaletteEntry
-from dkm_export.errors import InvalidInput
+from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.fields import unpack_fields
 from dkm_export.palette import Palette, packed_size
+from dkm_export.plugins import missing_packages
 from dkm_export.validation import explain
 from dkm_exporters.executorch.blob import read_blob
 from dkm_exporters.executorch.buffers import Buffers
@@ -35,9 +36,10 @@ from dkm_exporters.executorch.interpreter import Interpreter, Lookup, Rows, Valu
 from dkm_exporters.executorch.options import WEIGHTS_SUFFIX
 from dkm_exporters.executorch.program import ProgramFile
 from dkm_exporters.executorch.weights_file import WeightsFile
-from dkm_exporters.executorch.xnnpack import BLOB_PREFIX, constant_keys
+from dkm_exporters.executorch.xnnpack import BLOB_PREFIX
+from dkm_exporters.executorch.xnnpack_graph import read_constants
 
-_COREML = "CoreMLBackend"
+COREML = "CoreMLBackend"
 """The name of ExecuTorch's Core ML delegate."""
 
 
@@ -47,15 +49,25 @@ def read(path: Path) -> dict[str, Palette]:
     Raises:
         InvalidInput: when the file is missing, truncated, malformed or contradicts itself.
     """
-    file = ProgramFile(path)
+    return {name: decode.palette for name, decode in read_decodes(ProgramFile(path)).items()}
+
+
+def read_decodes(file: ProgramFile) -> dict[str, Decode]:
+    """The first decode of each palette of a program, by parameter name.
+
+    Raises:
+        InvalidInput: when the program is malformed or contradicts itself.
+    """
     header = read_header(file)
-    palettes: dict[str, Palette] = {}
-    for names, palette in zip(header.decodes, _Reader(file, header).palettes(), strict=True):
+    decodes: dict[str, Decode] = {}
+    for names, decode in zip(header.decodes, _Reader(file, header).decodes(), strict=True):
         for name in names:
-            difference = palettes.setdefault(name, palette).difference(palette)
+            difference = decodes.setdefault(name, decode).palette.difference(decode.palette)
             if difference:
-                raise InvalidInput(f"{path}: {name}: two of its decodes disagree: {difference}")
-    return {name: palettes[name] for name in header.layers}
+                raise InvalidInput(
+                    f"{file.path}: {name}: two of its decodes disagree: {difference}"
+                )
+    return {name: decodes[name] for name in header.layers}
 
 
 def read_header(file: ProgramFile) -> Header:
@@ -82,12 +94,22 @@ def read_header(file: ProgramFile) -> Header:
 
 
 @dataclass
-class _Decode:
-    """A palette that the program decodes, for whom, and whether it uses the weight."""
+class Decode:
+    """A palette that the program decodes.
+
+    Attributes:
+        palette: without its scale, unless it is packed.
+        name: of the parameter.
+        used: whether the program uses the weight.
+        key: by which a delegate asks for the weight, or an empty string.
+        packed: the palette and its scale for that delegate, or None.
+    """
 
     palette: Palette
     name: str = ""
     used: bool = False
+    key: str = ""
+    packed: bytes | None = None
 
 
 class _Reader:
@@ -99,9 +121,9 @@ class _Reader:
         self._buffers = Buffers(file)
         self._packed = _packed(file, header)
 
-    def palettes(self) -> list[Palette]:
-        """The palette of each of the header's decodes."""
-        decodes: list[_Decode] = []
+    def decodes(self) -> list[Decode]:
+        """Each of the header's decodes."""
+        decodes: list[Decode] = []
         methods = ("init", "forward") if self._header.backend == "xnnpack-init" else ("forward",)
         try:
             for method in methods:
@@ -119,12 +141,12 @@ class _Reader:
                     "a palette: export it again"
                 )
         self._buffers.check(self._header.buffers)
-        return [decode.palette for decode in decodes]
+        return decodes
 
-    def _follow(self, method: str) -> list[_Decode]:
+    def _follow(self, method: str) -> list[Decode]:
         """The decodes of one method."""
-        lookups: dict[Lookup, _Decode] = {}
-        decodes: list[_Decode] = []
+        lookups: dict[Lookup, Decode] = {}
+        decodes: list[Decode] = []
         fewest = min((layer.shape[0] for layer in self._header.layers.values()), default=1)
         limit = _memory_limit(self._file, self._header)
         for step in Interpreter(self._file, method, limit, fewest).steps():
@@ -144,35 +166,40 @@ class _Reader:
                 self._buffers.taken(step)
         return decodes
 
-    def _looked_up(self, lookup: Lookup) -> _Decode:
+    def _looked_up(self, lookup: Lookup) -> Decode:
         name, layer = self._next()
         try:
-            return _Decode(_palette(lookup, layer), name)
+            return Decode(_palette(lookup, layer), name)
         except InvalidInput as error:
             raise InvalidInput(f"{self._file.path}: {name}: {error}") from error
 
-    def _delegated(self, index: int) -> Iterator[_Decode]:
+    def _delegated(self, index: int) -> Iterator[Decode]:
         """The palettes of a delegate, in the order in which it asks for them."""
-        if self._file.backend("forward", index) == _COREML:
+        if self._file.backend("forward", index) == COREML:
             yield from self._ml_program(index)
             return
         try:
-            keys = constant_keys(self._file.delegate("forward", index))
-        except (KeyError, RuntimeError, OSError, CalledProcessError) as error:
+            constants = read_constants(self._file.delegate("forward", index))
+        except (ValueError, IndexError, struct.error) as error:
             raise InvalidInput(
                 f"{self._file.path}: delegate {index} is malformed: export it again"
             ) from error
-        for blob, key in ((self._packed(key), key) for key in keys):
+        for key in (constant.place.key for constant in constants):
+            blob = self._packed(key)
             if blob is None:
                 continue
             name, layer = self._next()
             try:
-                yield _Decode(read_blob(blob, key, layer), name, used=True)
+                palette = read_blob(blob, key, layer)
+                yield Decode(palette, name, used=True, key=key, packed=blob)
             except InvalidInput as error:
                 raise InvalidInput(f"{self._file.path}: {name}: {error}") from error
 
-    def _ml_program(self, index: int) -> Iterator[_Decode]:
+    def _ml_program(self, index: int) -> Iterator[Decode]:
         """The palettes of a Core ML delegate, in the order of its operations."""
+        missing = missing_packages(("coremltools",), "coreml")
+        if missing:
+            raise Unsupported(f"{self._file.path}: {missing}")
         # It imports coremltools, which takes seconds.
         from dkm_exporters.executorch.ml_programs import read_part
 
@@ -181,7 +208,7 @@ class _Reader:
             name, layer = self._next()
             if found != name or PaletteEntry.of(palette) != layer:
                 raise InvalidInput(f"{label}: {found}: the header says '{name}', or another layout")
-            yield _Decode(palette, name, used=True)
+            yield Decode(palette, name, used=True)
 
     def _next(self) -> tuple[str, PaletteEntry]:
         name = next(self._names, "")

@@ -35,6 +35,7 @@ from dkm_exporters.executorch.blob import weight_keys, write_blob
 from dkm_exporters.executorch.decode import is_decode
 from dkm_exporters.executorch.options import Precision
 from dkm_exporters.executorch.weights import Weights
+from dkm_exporters.executorch.xnnpack_graph import read_constants
 
 LUT_BACKEND: Final = "DkmXnnpackBackend"
 """The name under which `native/lut_backend.cpp` registers itself."""
@@ -82,9 +83,9 @@ class Packed:
         if is_delegate_call(node):
             place: Any = node.args[0]
             part = getattr(self.program.graph_module, place.target)
-            for key in constant_keys(part.processed_bytes):
-                if key in self.names:
-                    yield tuple(self.names[key])
+            for constant in read_constants(part.processed_bytes):
+                if constant.place.key in self.names:
+                    yield tuple(self.names[constant.place.key])
 
 
 def delegate(
@@ -226,23 +227,6 @@ def _replace_data(
         )
         replaced.meta = part.meta
         setattr(program.graph_module, name, replaced)
-
-
-def constant_keys(processed: bytes) -> list[str]:
-    """Names of the constants that a delegated part computes with, in the order of its values.
-
-    Args:
-        processed: the part as XNNPACK's lowering wrote it.
-
-    Raises:
-        ValueError, KeyError, RuntimeError: when it is malformed.
-    """
-    graph = read_graph(processed)
-    names = [constant["named_key"] for constant in graph["constant_data"]]
-    values = (value["xvalue_union"] for value in graph["xvalues"])
-    tensors = (value.get("tensor_value", value) for value in values)
-    # Buffer 0 stands for no constant.
-    return [names[index] for value in tensors if (index := value["constant_buffer_idx"])]
 
 
 def read_graph(processed: bytes) -> Any:

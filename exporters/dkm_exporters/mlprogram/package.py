@@ -9,12 +9,13 @@ its ``mlmodel/src/MILBlob``.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +115,25 @@ Constant = Array | str | tuple[str | float, ...]
 Argument = Reference | Constant
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How a tensor is stored.
+
+    Attributes:
+        word: the type of its values, such as ``uint4``.
+        bits: of one of them.
+        shape: its sizes.
+        nbytes: that it takes.
+        place: file and offset; None where it is in the model file itself.
+    """
+
+    word: str
+    bits: int
+    shape: Shape
+    nbytes: int
+    place: tuple[str, int] | None
+
+
 @dataclass(frozen=True, eq=False)
 class Operation:
     """One operation of the program. Blocks inside it are not read.
@@ -123,12 +143,16 @@ class Operation:
         arguments: inputs and attributes by parameter name; several for a variadic parameter.
         outputs: their types by name.
         place: where it is, such as ``operation 12 of 40 in function 'main'``.
+        storage: of the arguments that are tensors, by parameter name.
+        nested: whether there are blocks inside it.
     """
 
     kind: str
     arguments: dict[str, list[Argument]]
     outputs: dict[str, TensorType]
     place: str
+    storage: dict[str, Storage]
+    nested: bool
 
     @property
     def name(self) -> str:
@@ -143,7 +167,7 @@ class Operation:
 
 
 class Package:
-    """The main function of an ML program.
+    """A function of an ML program, the main one at first.
 
     Args:
         path: the ``.mlpackage``.
@@ -152,6 +176,8 @@ class Package:
     Attributes:
         path: as given.
         metadata: the model's user-defined metadata.
+        functions: names of all functions.
+        function: name of this one.
         inputs: types by name, in order; states are not among them.
         outputs: names in order, less a classifier's label and probabilities where it has others.
         float16: whether any operation gives float16.
@@ -175,8 +201,27 @@ class Package:
             model.ParseFromString(self._content(model_file))
         except DecodeError as error:
             raise self.invalid(f"{model_file.name} is not a Core ML model") from error
+        if model.WhichOneof("Type") != "mlProgram":
+            raise self.unsupported(f"holds a {model.WhichOneof('Type')}, not an mlProgram")
+        self._model = model
         self.metadata = dict(model.description.metadata.userDefined)
-        name, function, block = self._main(model)
+        self.functions = list(model.mlProgram.functions)
+        self._read(model.description.defaultFunctionName or "main")
+
+    def another(self, function: str) -> Self:
+        """The same program's function of this name, which is one of `functions`.
+
+        Raises:
+            InvalidInput, Unsupported: as the package does.
+        """
+        package = copy.copy(self)
+        package._read(function)
+        return package
+
+    def _read(self, name: str) -> None:
+        model = self._model
+        function, block = self._code(name)
+        self.function = name
         self.inputs = {
             entry.name: _tensor_type(entry.type)
             for entry in function.inputs
@@ -239,23 +284,19 @@ class Package:
         except OSError as error:
             raise self.invalid(f"'{file.name}' cannot be read: {error.strerror}") from error
 
-    def _main(self, model: Any) -> tuple[str, Any, Any]:
-        if model.WhichOneof("Type") != "mlProgram":
-            raise self.unsupported(f"holds a {model.WhichOneof('Type')}, not an mlProgram")
-        name = model.description.defaultFunctionName or "main"
-        functions = model.mlProgram.functions
+    def _code(self, name: str) -> tuple[Any, Any]:
+        functions = self._model.mlProgram.functions
         if name not in functions:
             raise self.invalid(f"the program has no function '{name}'")
         function = functions[name]
         if function.opset not in function.block_specializations:
             raise self.invalid(f"the program has no code for opset '{function.opset}'")
-        return name, function, function.block_specializations[function.opset]
+        return function, function.block_specializations[function.opset]
 
     def _operation(self, operation: Any, place: str) -> Operation:
+        values = {key: value for key, value in operation.attributes.items() if key != "name"}
         arguments: dict[str, list[Argument]] = {
-            name: [self._value(value)]
-            for name, value in operation.attributes.items()
-            if name != "name"
+            name: [self._value(value)] for name, value in values.items()
         }
         for name, argument in operation.inputs.items():
             arguments[name] = [
@@ -264,8 +305,30 @@ class Package:
                 else self._value(binding.value)
                 for binding in argument.arguments
             ]
+            if len(argument.arguments) == 1 and argument.arguments[0].HasField("value"):
+                values[name] = argument.arguments[0].value
         outputs = {output.name: _tensor_type(output.type) for output in operation.outputs}
-        return Operation(operation.type, arguments, outputs, place)
+        storage = {
+            name: self._storage(value)
+            for name, value in values.items()
+            if isinstance(arguments[name][0], np.ndarray)
+        }
+        nested = bool(operation.blocks)
+        return Operation(operation.type, arguments, outputs, place, storage, nested)
+
+    def _storage(self, value: Any) -> Storage:
+        """How a tensor is stored that `_value` has read."""
+        tensor_type = value.type.tensorType
+        data_type, shape = self._data_type(tensor_type.dataType), self._fixed_shape(tensor_type)
+        bits = data_type.bits or 8 * np.dtype(data_type.dtype).itemsize
+        word = MIL_pb2.DataType.Name(tensor_type.dataType).lower()
+        nbytes = packed_size(math.prod(shape), bits)
+        if value.WhichOneof("value") != "blobFileValue":
+            # protobuf stores small integers in few bytes
+            nbytes = min(nbytes, value.immediateValue.ByteSize())
+            return Storage(word, bits, shape, nbytes, None)
+        place = (value.blobFileValue.fileName, value.blobFileValue.offset)
+        return Storage(word, bits, shape, nbytes, place)
 
     def _value(self, value: Any) -> Constant:
         if value.type.WhichOneof("type") == "listType":

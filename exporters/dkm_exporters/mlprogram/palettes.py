@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 
-from dkm_export.errors import InvalidInput
+from dkm_export.errors import DkmError, InvalidInput
 from dkm_export.palette import Layout, Palette
 from dkm_export.spec import Bits, Dim, Frozen
 from dkm_exporters.mlprogram.constants import (
@@ -22,7 +22,7 @@ from dkm_exporters.mlprogram.constants import (
     decode_constants,
     read_lut,
 )
-from dkm_exporters.mlprogram.package import Constant, Package, Reference
+from dkm_exporters.mlprogram.package import Constant, Operation, Package, Reference
 
 LAYERS_KEY: Final = "dkm_export.layers"
 """User-defined metadata: JSON of `Layer` by the name of the operation that holds its palette."""
@@ -57,31 +57,75 @@ def read_palettes(package: Package) -> dict[str, Palette]:
         InvalidInput: when the package is malformed.
         Unsupported: when a palette has no `Palette` equivalent.
     """
-    operations = {op.name: op for op in package.operations if op.kind == LUT_TO_DENSE}
-    layers = _layers(package, operations)
-    parts: dict[str, Constant] = {}
-    for made, values in decode_constants(
+    operations = _lookups(package)
+    layers = layer_names(package)
+    parts = _decoded(
         package, {name for operation in operations.values() for name in operation.references}
-    ):
+    )
+    scalings = _scalings(package)
+    palettes = {}
+    for name, operation in operations.items():
+        own, palette = _read(package, operation, layers.get(name), parts, scalings.get(name))
+        palettes[own] = palette
+    return palettes
+
+
+def palettes_of_any(package: Package) -> tuple[dict[str, Palette], dict[str, str]]:
+    """The palettes of a package of any tool by the names of their operations, as far as they go.
+
+    Returns:
+        Those that `Palette` can express, and why it cannot express the others.
+    """
+    palettes, refused = {}, {}
+    scalings = _scalings(package)
+    for name, operation in _lookups(package).items():
+        scaling = scalings.get(name)
+        wanted = operation.references | (scaling.references - {name} if scaling else set())
+        try:
+            parts = _decoded(package, wanted)
+            palettes[name] = _read(package, operation, None, parts, scaling)[1]
+        except DkmError as error:
+            refused[name] = str(error).partition(f"{name}: ")[2] or str(error)
+    return palettes, refused
+
+
+def _lookups(package: Package) -> dict[str, Operation]:
+    return {op.name: op for op in package.operations if op.kind == LUT_TO_DENSE}
+
+
+def _decoded(package: Package, wanted: Collection[str]) -> dict[str, Constant]:
+    parts: dict[str, Constant] = {}
+    for made, values in decode_constants(package, wanted):
         parts.update(zip(made.outputs, values, strict=True))
-    scalings = {
+    return parts
+
+
+def _scalings(package: Package) -> dict[str, Operation]:
+    """What scales a decoded weight, by the name of the operation that decodes it."""
+    return {
         reference.name: operation
         for operation in package.operations
         if operation.kind == SHIFT_SCALE
         for reference in operation.arguments.get("data", [])
         if isinstance(reference, Reference)
     }
-    palettes = {}
-    for name, operation in operations.items():
-        lut = read_lut(Arguments(package, operation, parts))
-        layer = layers.get(name)
-        own, axis = (layer.name, layer.axis) if layer else (name, lut.axis or 0)
-        palette = _palette(package, own, axis, lut)
-        if name in scalings:
-            scale = _scale(Arguments(package, scalings[name], parts), palette)
-            palette = replace(palette, scale=scale)
-        palettes[own] = palette
-    return palettes
+
+
+def _read(
+    package: Package,
+    operation: Operation,
+    layer: Layer | None,
+    parts: Mapping[str, Constant],
+    scaling: Operation | None,
+) -> tuple[str, Palette]:
+    """The name and the palette of one operation."""
+    lut = read_lut(Arguments(package, operation, parts))
+    name, axis = (layer.name, layer.axis) if layer else (operation.name, lut.axis or 0)
+    palette = _palette(package, name, axis, lut)
+    if scaling is not None:
+        scale = _scale(Arguments(package, scaling, parts), palette)
+        palette = replace(palette, scale=scale)
+    return name, palette
 
 
 def layers_metadata(operations: Mapping[str, str], palettes: Mapping[str, Palette]) -> str:
@@ -100,14 +144,20 @@ def layers_metadata(operations: Mapping[str, str], palettes: Mapping[str, Palett
     return _LAYERS.dump_json(layers).decode()
 
 
-def _layers(package: Package, operations: Collection[str]) -> dict[str, Layer]:
+def layer_names(package: Package) -> dict[str, Layer]:
+    """What `LAYERS_KEY` says, by the name of an operation; nothing where we did not write it.
+
+    Raises:
+        InvalidInput: when it is malformed, or names a palette that there is not.
+    """
+    operations = _lookups(package)
     try:
         layers = _LAYERS.validate_json(package.metadata.get(LAYERS_KEY, "{}"))
     except ValidationError as error:
         raise package.invalid(f"metadata '{LAYERS_KEY}' is malformed") from error
     if len({layer.name for layer in layers.values()}) < len(layers):
         raise package.invalid(f"metadata '{LAYERS_KEY}' names a layer twice")
-    absent = sorted(layers.keys() - set(operations))
+    absent = sorted(layers.keys() - operations.keys())
     if absent:
         raise package.invalid(f"the palette of {layers[absent[0]].name} is missing")
     return layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from dkm_export.exporting import Capabilities, DenseTensor, Exporter, Overhead
+from dkm_export.exporting import Capabilities, Description, Exporter, Overhead
 from dkm_exporters.onnx.options import OnnxOptions as OnnxOptions
 from dkm_exporters.onnx.options import data_file
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from dkm_export.palette import Layout, Palette
     from dkm_export.palettized import PalettizedModel
-    from dkm_exporters.onnx.artifact import Artifact
+    from dkm_exporters.onnx.contents import Contents
 
 
 class OnnxExporter(Exporter[OnnxOptions]):
@@ -75,20 +75,24 @@ class OnnxExporter(Exporter[OnnxOptions]):
         Raises:
             InvalidInput: when the file is missing, truncated, malformed or contradicts itself.
         """
-        return self._read(artifact).palettes()
+        from dkm_exporters.onnx.artifact import Artifact
 
-    def read_dense(self, artifact: Path) -> list[DenseTensor]:
-        """Every initializer that is no palette, scales of folded batch norms among them.
+        return Artifact.of(self._read(artifact)).palettes()
+
+    def describe(self, artifact: Path) -> Description:
+        """Every initializer, of files by torch, ONNX Runtime's quantizers and others too.
 
         Raises:
             InvalidInput: when the file is missing, truncated or malformed.
         """
-        return list(self._read(artifact).dense())
+        from dkm_exporters.onnx.description import describe
 
-    def _read(self, artifact: Path) -> Artifact:
-        from dkm_exporters.onnx.artifact import read_artifact
+        return describe(self._read(artifact), self.files(artifact))
 
-        return read_artifact(artifact)
+    def _read(self, artifact: Path) -> Contents:
+        from dkm_exporters.onnx.contents import read_contents
+
+        return read_contents(artifact)
 
     def overhead(self, layout: Layout, bits: int, options: OnnxOptions) -> Overhead:
         """Operators that decode such a palette, and the tables that decoders share."""

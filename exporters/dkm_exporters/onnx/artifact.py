@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
 from onnx_ir.external_data import unload_from_model
 from onnx_ir.passes.common import NameFixPass
 from pydantic import Field, ValidationError
@@ -25,14 +24,17 @@ from pydantic import Field, ValidationError
 from dkm_export import __version__
 from dkm_export.entry import PaletteEntry
 from dkm_export.errors import InvalidInput
-from dkm_export.exporting import NO_WEIGHT, DenseTensor
+from dkm_export.exporting.description import NO_WEIGHT, StoredTensor, stored_palette
 from dkm_export.palette import Layout, Palette, lut_size, packed_size
 from dkm_export.spec import Frozen
 from dkm_export.validation import explain
+from dkm_exporters.onnx.contents import Contents
 from dkm_exporters.onnx.options import OnnxOptions, data_file
 from dkm_exporters.onnx.packing import transposed, unpack_indices
+from dkm_exporters.onnx.stored import Sizes, plain
 
-_KEY: Final = "dkm"
+KEY: Final = "dkm"
+"""Of the metadata of what `dkm export` wrote."""
 _LARGEST_FILE = 2**31 - 2**26
 """Bytes of tensors: protobuf's limit, less some for the graph."""
 _OUTSIDE_FROM = 1 << 10
@@ -88,7 +90,7 @@ def write_artifact(
         dense=dict(dense),
         side_data=options.side_data,
     )
-    model.metadata_props[_KEY] = table.model_dump_json(exclude_defaults=True)
+    model.metadata_props[KEY] = table.model_dump_json(exclude_defaults=True)
     model.producer_name, model.producer_version = "dkm-export", __version__
     model.doc_string = f"Weights are palettes, decoded in the graph: {KEEP}."
     NameFixPass()(model)
@@ -121,20 +123,20 @@ class Artifact:
     initializers: Mapping[str, onnx.TensorProto]
 
     @classmethod
-    def of(
-        cls, path: Path, metadata: Mapping[str, str], initializers: Mapping[str, onnx.TensorProto]
-    ) -> Self:
+    def of(cls, contents: Contents) -> Self:
         """Find the table among the metadata.
 
         Raises:
             InvalidInput: when it is not there or malformed.
         """
-        if _KEY not in metadata:
-            raise InvalidInput(
-                f"{path}: has no '{_KEY}' metadata, so `dkm export` did not write it"
-            )
+        path = contents.path
+        initializers = {tensor.name: tensor for tensor in contents.initializers}
+        if len(initializers) < len(contents.initializers):
+            raise InvalidInput(f"{path}: two initializers have the same name")
+        if KEY not in contents.metadata:
+            raise InvalidInput(f"{path}: has no '{KEY}' metadata, so `dkm export` did not write it")
         try:
-            table = Table.model_validate_json(metadata[_KEY])
+            table = Table.model_validate_json(contents.metadata[KEY])
         except ValidationError as error:
             raise InvalidInput(f"{path}: {explain(error, Table)}") from error
         return cls(path, table, initializers)
@@ -154,19 +156,25 @@ class Artifact:
                 raise InvalidInput(f"{self.path}: {name}: {error}") from error
         return palettes
 
-    def dense(self) -> Iterator[DenseTensor]:
-        """Tensors without a palette, in the order of the file."""
-        parts = {f"{name}.{part}" for name in self.table.layers for part in ("lut", "indices")}
+    def stored(self, palettes: Mapping[str, Palette]) -> Iterator[StoredTensor]:
+        """What is stored: these palettes, then tensors without one in the order of the file.
+
+        Raises:
+            InvalidInput: when an initializer is of another size than it says.
+        """
+        sizes, parts = Sizes(self.path), set[str]()
+        for name, palette in palettes.items():
+            own = {part: f"{name}.{part}" for part in ("indices", "lut", "scale")}
+            value, lut, scale = (
+                sizes.of(self.initializers[part])[0] if part in self.initializers else 0
+                for part in own.values()
+            )
+            parts.update(own.values())
+            yield stored_palette(name, palette, value_bytes=value, lut_bytes=lut, scale_bytes=scale)
         for name, tensor in self.initializers.items():
-            if name in parts or name.startswith("dkm/"):
-                continue
-            try:
-                dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-            except KeyError as error:
-                raise InvalidInput(f"{self.path}: initializer '{name}' has no type") from error
-            reason = self.table.dense.get(name, NO_WEIGHT)
-            nbytes = math.prod(tensor.dims) * dtype.itemsize
-            yield DenseTensor(name, tuple(tensor.dims), str(dtype), nbytes, reason)
+            if name not in parts and not name.startswith("dkm/"):
+                reason = self.table.dense.get(name, NO_WEIGHT)
+                yield plain(tensor, sizes, reason)
 
     def _require_bytes(self) -> None:
         """Refuse more palettes than bytes, where tensors beside the file could overlap."""
@@ -264,23 +272,3 @@ class Artifact:
             ) from error
         except OSError as error:
             raise InvalidInput(f"{file.name} cannot be read: {error.strerror}") from error
-
-
-def read_artifact(path: Path) -> Artifact:
-    """Read a file that `write_artifact` wrote.
-
-    Raises:
-        InvalidInput: when the file is missing, truncated, malformed or of another tool.
-    """
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString(path.read_bytes())
-        metadata = {entry.key: entry.value for entry in model.metadata_props}
-        initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    except OSError as error:
-        raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from error
-    except (DecodeError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path}: not an ONNX file, or cut short") from error
-    if len(initializers) < len(model.graph.initializer):
-        raise InvalidInput(f"{path}: two initializers have the same name")
-    return Artifact.of(path, metadata, initializers)

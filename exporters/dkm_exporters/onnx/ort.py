@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dkm_export.palettized import PalettizedModel
-    from dkm_exporters.onnx.artifact import Artifact
+    from dkm_exporters.onnx.contents import Contents
 
 
 class OrtExporter(OnnxExporter):
@@ -48,10 +48,10 @@ class OrtExporter(OnnxExporter):
         """None: reduced builds have no execution providers, and no simplifier reads the format."""
         return []
 
-    def _read(self, artifact: Path) -> Artifact:
-        from dkm_exporters.onnx.ort_format import read_artifact
+    def _read(self, artifact: Path) -> Contents:
+        from dkm_exporters.onnx.ort_format import read_contents
 
-        return read_artifact(artifact)
+        return read_contents(artifact)
 
 
 def _required_operators(artifact: Path) -> Path:

@@ -23,7 +23,7 @@ from onnxruntime.tools.ort_format_model.ort_flatbuffers_py.fbs import (
 )
 
 from dkm_export.errors import InvalidInput
-from dkm_exporters.onnx.artifact import Artifact
+from dkm_exporters.onnx.contents import Contents
 
 _FATAL = 4
 """Severity above which ONNX Runtime logs; errors arrive as exceptions anyway."""
@@ -34,6 +34,9 @@ _LEFT_OUT = ("ConstantFolding", "ConstantSharing")
 _IDENTIFIER = b"ORTM"
 _ALIGNMENT = 8
 _VERSION_FIELD = 4
+_LEAST_TEXT = 4
+"""Bytes of what refers to a text."""
+_MOST_NESTED = 32
 
 _MALFORMED = (struct.error, AttributeError, IndexError, OverflowError, TypeError, ValueError)
 """What flatbuffers' classes raise for offsets that lead nowhere; they check nothing themselves."""
@@ -66,11 +69,11 @@ def write_required_operators(model: Path, path: Path) -> None:
     path.write_text("\n".join([f"# Operators and types of {model.name}", *lines, ""]))
 
 
-def read_artifact(path: Path) -> Artifact:
-    """Read a file that `convert` wrote, with initializers as ONNX has them.
+def read_contents(path: Path) -> Contents:
+    """Read an ``.ort`` file, with initializers and nodes as ONNX has them.
 
     Raises:
-        InvalidInput: when the file is missing, truncated, malformed or of another tool.
+        InvalidInput: when the file is missing, truncated or malformed.
     """
     try:
         content = path.read_bytes()
@@ -80,43 +83,93 @@ def read_artifact(path: Path) -> Artifact:
         raise InvalidInput(f"{path}: not a file in ONNX Runtime's format")
     try:
         session = InferenceSession.InferenceSession.GetRootAs(content)
-        model, graph = session.Model(), session.Model().Graph()
         if not session.OrtVersion():  # it is what stands last in the file
             raise ValueError("cut short")
-        metadata, initializers = {}, {}
-        # Parts of a file do not overlap. Without this limit, a small one could claim to hold
-        # thousands of large ones.
-        left = len(content)
-        for index in range(model.MetadataPropsLength()):
-            entry = model.MetadataProps(index)
-            metadata[entry.Key().decode()] = entry.Value().decode()
-            left = _less(left, len(entry.Key()) + len(entry.Value()))
-        for index in range(graph.InitializersLength()):
-            tensor = graph.Initializers(index)
-            left = _less(left, 8 * tensor.DimsLength() + tensor.RawDataLength())
-            left = _less(left, len(tensor.Name()))
-            initializers[tensor.Name().decode()] = _as_onnx(tensor)
+        return _Reader(len(content)).read(path, session.Model())
     except _MALFORMED as error:
         raise InvalidInput(f"{path}: malformed or cut short: export it again") from error
-    if len(initializers) < graph.InitializersLength():
-        raise InvalidInput(f"{path}: two initializers have the same name")
-    return Artifact.of(path, metadata, initializers)
 
 
-def _less(left: int, size: int) -> int:
-    if size > left:
-        raise ValueError("parts of the file overlap")
-    return left - size
+class _Reader:
+    """Turns flatbuffers' classes into those of ONNX.
 
+    Parts of a file do not overlap. Without this limit, a small one could claim to hold thousands of
+    large ones.
 
-def _as_onnx(tensor: Any) -> onnx.TensorProto:
-    """The tensor with its bytes; the numbers of the element types are the same."""
-    return onnx.TensorProto(
-        name=tensor.Name().decode(),
-        data_type=tensor.DataType(),
-        dims=[] if tensor.DimsIsNone() else tensor.DimsAsNumpy().tolist(),
-        raw_data=b"" if tensor.RawDataIsNone() else tensor.RawDataAsNumpy().tobytes(),
-    )
+    Args:
+        left: bytes that there are; less with each part that is read.
+    """
+
+    def __init__(self, left: int) -> None:
+        self._left = left
+
+    def read(self, path: Path, model: Any) -> Contents:
+        """What is in a model."""
+        metadata = {}
+        for index in range(model.MetadataPropsLength()):
+            entry = model.MetadataProps(index)
+            metadata[self._text(entry.Key())] = self._text(entry.Value())
+        contents = Contents(path, metadata)
+        contents.add_graph(self._graph(model.Graph(), 0), main=True)
+        return contents
+
+    def _graph(self, graph: Any, depth: int) -> onnx.GraphProto:
+        if depth > _MOST_NESTED:
+            raise ValueError("graphs in graphs without end")
+        found = onnx.GraphProto()
+        for index in range(graph.InitializersLength()):
+            found.initializer.append(self._tensor(graph.Initializers(index)))
+        for index in range(graph.SparseInitializersLength()):
+            sparse = graph.SparseInitializers(index)
+            found.sparse_initializer.add(
+                values=self._tensor(sparse.Values()),
+                indices=self._tensor(sparse.Indices()),
+                dims=self._dims(sparse),
+            )
+        for index in range(graph.NodesLength()):
+            self._node(graph.Nodes(index), found.node.add(), depth)
+        return found
+
+    def _node(self, node: Any, found: onnx.NodeProto, depth: int) -> None:
+        found.op_type = self._text(node.OpType())
+        found.input.extend(self._text(node.Inputs(i)) for i in range(node.InputsLength()))
+        found.output.extend(self._text(node.Outputs(i)) for i in range(node.OutputsLength()))
+        for index in range(node.AttributesLength()):
+            attribute = node.Attributes(index)
+            copy = found.attribute.add(name=self._text(attribute.Name()), i=attribute.I())
+            if attribute.T() is not None:
+                copy.t.CopyFrom(self._tensor(attribute.T()))
+            if attribute.G() is not None:
+                copy.g.CopyFrom(self._graph(attribute.G(), depth + 1))
+            for number in range(attribute.GraphsLength()):
+                copy.graphs.append(self._graph(attribute.Graphs(number), depth + 1))
+
+    def _tensor(self, tensor: Any) -> onnx.TensorProto:
+        """The tensor with its bytes; the numbers of the element types are the same."""
+        self._take(tensor.RawDataLength())
+        return onnx.TensorProto(
+            name=self._text(tensor.Name()),
+            data_type=tensor.DataType(),
+            dims=self._dims(tensor),
+            string_data=[
+                self._text(tensor.StringData(index)).encode()
+                for index in range(tensor.StringDataLength())
+            ],
+            raw_data=None if tensor.RawDataIsNone() else tensor.RawDataAsNumpy().tobytes(),
+        )
+
+    def _dims(self, tensor: Any) -> list[int]:
+        self._take(8 * tensor.DimsLength())
+        return [] if tensor.DimsIsNone() else tensor.DimsAsNumpy().tolist()
+
+    def _text(self, text: bytes | None) -> str:
+        self._take(_LEAST_TEXT + len(text or b""))
+        return (text or b"").decode()
+
+    def _take(self, size: int) -> None:
+        if size > self._left:
+            raise ValueError("parts of the file overlap")
+        self._left -= size
 
 
 def _in_fixed_order(content: bytes) -> bytes:

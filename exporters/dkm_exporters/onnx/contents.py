@@ -1,0 +1,120 @@
+"""What a model's file holds, ``.onnx`` or ``.ort``, whoever wrote it: read, not trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from dkm_export.errors import InvalidInput
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """The parts of a model that are of interest here.
+
+    Attributes:
+        path: of the file.
+        metadata: of the model.
+        initializers: of the main graph.
+        constants: of nodes, and initializers of subgraphs.
+        sparse: initializers of which only some values are stored.
+        nodes: that may take them, of subgraphs and functions too.
+    """
+
+    path: Path
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    initializers: list[onnx.TensorProto] = field(default_factory=list)
+    constants: list[onnx.TensorProto] = field(default_factory=list)
+    sparse: list[onnx.SparseTensorProto] = field(default_factory=list)
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+
+    def add_graph(self, graph: onnx.GraphProto, *, main: bool = False) -> None:
+        """Add what is in a graph, and in those of its nodes."""
+        (self.initializers if main else self.constants).extend(graph.initializer)
+        self.sparse.extend(graph.sparse_initializer)
+        self.add_nodes(graph.node)
+
+    def add_nodes(self, nodes: Iterable[onnx.NodeProto]) -> None:
+        """Add nodes, their graphs, and the tensors that they hold."""
+        for node in nodes:
+            self.nodes.append(node)
+            for attribute in node.attribute:
+                # protobuf reads no deeper nesting than 100
+                for graph in (
+                    *attribute.graphs,
+                    *([attribute.g] if attribute.HasField("g") else []),
+                ):
+                    self.add_graph(graph)
+                if node.op_type == "Constant" and attribute.HasField("t") and attribute.t.dims:
+                    constant = onnx.TensorProto()
+                    constant.CopyFrom(attribute.t)
+                    constant.name = next(iter(node.output), "")
+                    self.constants.append(constant)
+
+
+def read_contents(path: Path) -> Contents:
+    """Read an ``.onnx`` file.
+
+    Raises:
+        InvalidInput: when the file is missing, truncated or malformed.
+    """
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+        contents = Contents(path, {entry.key: entry.value for entry in model.metadata_props})
+        contents.add_graph(model.graph, main=True)
+        for function in model.functions:
+            contents.add_nodes(function.node)
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from error
+    except DecodeError as error:
+        raise InvalidInput(f"{path}: not an ONNX file, or cut short") from error
+    if not all(isinstance(text, str) for text in _texts(contents)):
+        raise InvalidInput(f"{path}: a name in it is no text: export it again")
+    return contents
+
+
+def _texts(contents: Contents) -> Iterator[str]:
+    """All texts that are used; protobuf gives bytes for what is not UTF-8."""
+    for item in contents.metadata.items():
+        yield from item
+    sparse = (part for entry in contents.sparse for part in (entry.values, entry.indices))
+    for tensor in (*contents.initializers, *contents.constants, *sparse):
+        yield tensor.name
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
+    for node in contents.nodes:
+        yield from (node.op_type, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+
+
+def outside(path: Path, tensor: onnx.TensorProto) -> tuple[Path, int, int]:
+    """File, offset and bytes of a tensor that is not in the model's file itself.
+
+    Args:
+        path: of the model, in whose folder the file has to be.
+        tensor: that has ``external_data``.
+
+    Raises:
+        InvalidInput: when it has no place in such a file.
+    """
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    folder = path.parent.resolve()
+    try:
+        file = (folder / place["location"]).resolve()
+        if not file.is_relative_to(folder) or not file.is_file():
+            raise InvalidInput(
+                f"{path}: initializer '{tensor.name}' is not in a file of its folder: put the file "
+                "with external data beside it"
+            )
+        size, offset = file.stat().st_size, int(place.get("offset", "0"))
+        length = int(place.get("length", size - offset))
+        if min(offset, length) < 0 or offset + length > size:
+            raise ValueError("beyond the file")
+    except (KeyError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise InvalidInput(f"{path}: initializer '{tensor.name}' has no place in a file") from error
+    return path.parent / file.relative_to(folder), offset, length
