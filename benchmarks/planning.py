@@ -54,6 +54,9 @@ centroids.
 UNIFORM = ((2, 1), (4, 4), (4, 1), (3, 1))
 SEEDS = (0, 1, 2)
 TARGETS = ("onnx", "coreml", "executorch")
+EXAMPLES = {"glyphs": 512, "sentence_encoder": 128}
+"""That plans measure sensitivities on, by the model's name."""
+
 LEAST = 0.99
 """Share of the budget that a plan has to use."""
 
@@ -134,7 +137,11 @@ def compare(make: Callable[[Path, int], Recipe], seed: int) -> list[Row]:
             spec = uniform(bits, dim)
             mock = mock_up(model, recipe.source(), spec)
             budget = artifact_bytes(mock, targets, verbose=False)["onnx"]
-            question = Question(targets, file=folder / "sensitivities.json")
+            question = Question(
+                targets,
+                examples=EXAMPLES[recipe.model.name.removesuffix("_cnn")],
+                file=folder / "sensitivities.json",
+            )
             _, planned = make_plan(recipe, Budget(limit=budget), question, silent)
             metrics = [
                 compressed(recipe, which, trained=trained)
