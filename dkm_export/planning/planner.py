@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -26,10 +27,17 @@ from dkm_export.planning.candidates import (
 )
 from dkm_export.planning.mockup import artifact_bytes, mock_up
 from dkm_export.planning.result import Plan, PlannedLayer, Point
-from dkm_export.planning.sensitivity import Calibration, Outputs, Progress
-from dkm_export.planning.table import Method, Sensitivities, sensitivities
+from dkm_export.planning.sensitivity import (
+    Calibration,
+    Divergence,
+    Outputs,
+    Progress,
+    scales_of,
+)
+from dkm_export.planning.table import Method, Sensitivities, read_sensitivities, sensitivities
+from dkm_export.references import build_module
 from dkm_export.spec import CompressionSpec
-from dkm_export.task import Task, batches_of, user_code
+from dkm_export.task import Task, batches_of, distillation_of
 from dkm_export.training.recipe import Recipe
 from dkm_export.training.stage import evaluate, float_model, importance_of
 
@@ -40,6 +48,9 @@ _CLOSE = 0.002
 """Share of the budget that may stay unused before another mock-up is tried."""
 
 _MOST_MOCK_UPS = 8
+
+_MOST_POINTS = 100
+"""Of the front that a plan tells."""
 
 _TEMPERATURE = 1.0
 """Of outputs whose divergence is measured, for tasks that have such a thing."""
@@ -101,14 +112,21 @@ def make_plan(
             the budget.
         Unsupported: when a target cannot hold or express the model.
     """
-    model, task, fp32 = float_model(recipe, progress)
+    if budget.max_drop is not None and recipe.task is None:
+        raise InvalidInput("a budget of the metric needs a recipe with a task")
+    method, file = question.method, question.file
+    known = read_sensitivities(file, method) if file else None
+    # what is wrong should show before the training, so shapes come from a model without weights
+    blank = build_module(recipe.model.factory, recipe.model.arguments)
     layers = candidates(
-        model, recipe.compression, question.settings, question.pins, question.targets
+        blank, recipe.compression, question.settings, question.pins, question.targets
     )
+    del blank
+    model, task, fp32 = float_model(recipe, progress)
     calibration, words = _calibration(recipe, model, task, question.examples)
 
-    found = sensitivities(calibration, layers, question.method, question.file, progress)
-    planner = _Planner(recipe, model, layers, found, question, progress)
+    found = sensitivities(calibration, layers, method, file, known, progress)
+    planner = _Planner(recipe, calibration, layers, found, question, progress)
     if budget.limit is not None:
         chosen, sizes = planner.within(budget.limit)
     else:
@@ -116,9 +134,14 @@ def make_plan(
             chosen = planner.at_rate(budget.bits_per_weight)
         else:
             assert budget.max_drop is not None
+            assert task is not None
+            assert fp32 is not None
             chosen = planner.with_metric(task, fp32, budget.max_drop)
         sizes = planner.sizes(chosen)
-    return planner.describe(chosen, sizes, budget, words), planner.spec(chosen)
+    spec = planner.spec(chosen)
+    if all(rule.skip for rule in spec.rules):
+        raise InvalidInput("no layer gets a palette: allow fewer bytes, or exclude less")
+    return planner.describe(chosen, sizes, budget, words), spec
 
 
 class _Planner:
@@ -127,13 +150,13 @@ class _Planner:
     def __init__(
         self,
         recipe: Recipe,
-        model: nn.Module,
+        calibration: Calibration,
         layers: Sequence[Candidate],
         found: Sensitivities,
         question: Question,
         progress: Progress,
     ) -> None:
-        self._recipe, self._model, self._layers = recipe, model, layers
+        self._recipe, self._calibration, self._layers = recipe, calibration, layers
         self._source: ModelSource = recipe.source()
         self._found, self._question, self._progress = found, question, progress
         self._options = [
@@ -143,6 +166,7 @@ class _Planner:
             )
             for layer in layers
         ]
+        self._front = front(self._options)
 
     def spec(self, chosen: Allocation) -> CompressionSpec:
         """As a recipe has it."""
@@ -154,7 +178,7 @@ class _Planner:
 
     def sizes(self, chosen: Allocation) -> dict[str, int]:
         """Bytes of the artifacts, by target."""
-        mock = mock_up(self._model, self._source, self.spec(chosen))
+        mock = mock_up(self._calibration.model, self._source, self.spec(chosen))
         return artifact_bytes(mock, self._question.targets, verbose=self._question.verbose)
 
     def within(self, limit: int) -> tuple[Allocation, dict[str, int]]:
@@ -164,29 +188,29 @@ class _Planner:
         mock-up take turns.
         """
         best: tuple[Allocation, dict[str, int]] | None = None
-        room, smallest = limit, 0
-        seen = set()
+        room = limit
+        tried: dict[tuple[int, ...], dict[str, int]] = {}
         for attempt in range(1, _MOST_MOCK_UPS + 1):
-            chosen = allocate(self._options, room)
-            if chosen is None:
-                chosen = min(front(self._options), key=lambda point: point.cost)
-            if chosen.choices in seen:
+            chosen = allocate(self._options, room) or self._front[0]
+            if chosen.choices in tried:
                 break
-            seen.add(chosen.choices)
             self._progress("mock-up of the artifacts", attempt, _MOST_MOCK_UPS)
-            sizes = self.sizes(chosen)
+            sizes = tried[chosen.choices] = self.sizes(chosen)
             left = limit - max(sizes.values())
             if left >= 0 and (best is None or chosen.error < best[0].error):
                 best = chosen, sizes
             if 0 <= left <= _CLOSE * limit:
                 break
-            smallest = max(sizes.values())
             room = chosen.cost + left
         if best is None:
-            raise InvalidInput(
-                f"nothing fits into {limit:,} bytes: with the smallest settings it is "
-                f"{smallest:,}: allow more, or smaller settings with --settings"
-            )
+            least = self._front[0]
+            sizes = tried.get(least.choices) or self.sizes(least)
+            if max(sizes.values()) > limit:
+                raise InvalidInput(
+                    f"nothing fits into {limit:,} bytes: with the smallest settings it is "
+                    f"{max(sizes.values()):,}: allow more, or smaller settings with --settings"
+                )
+            best = least, sizes
         return best
 
     def at_rate(self, bits_per_weight: float) -> Allocation:
@@ -194,20 +218,18 @@ class _Planner:
         weights = sum(layer.size for layer in self._layers)
         chosen = allocate(self._options, int(bits_per_weight * weights / 8))
         if chosen is None:
-            smallest = front(self._options)[0].cost * 8 / weights
+            smallest = ceil(1000 * self._front[0].cost * 8 / weights) / 1000
             raise InvalidInput(
                 f"{bits_per_weight:g} bits per weight are too few: the smallest settings take "
                 f"{smallest:.3f}"
             )
         return chosen
 
-    def with_metric(self, task: Task | None, fp32: float | None, max_drop: float) -> Allocation:
+    def with_metric(self, task: Task, fp32: float, max_drop: float) -> Allocation:
         """The smallest plan of the front whose metric is at most ``max_drop`` below ``fp32``."""
-        if task is None or fp32 is None:
-            raise InvalidInput("a budget of the metric needs a recipe with a task")
-        points = front(self._options)
+        points = self._front
         low, high = 0, len(points) - 1
-        rounds = len(points).bit_length()
+        rounds = 1 + high.bit_length()
         for done in range(1, rounds + 1):
             middle = high if done == 1 else (low + high) // 2
             metric = self._metric(points[middle], task)
@@ -253,21 +275,25 @@ class _Planner:
             error=chosen.error,
             bound=lower_bound(self._options, chosen.cost),
             layers=tuple(planned),
-            front=tuple(Point(bytes=x.cost, error=x.error) for x in front(self._options)),
+            front=tuple(Point(bytes=x.cost, error=x.error) for x in self._some_of_the_front()),
             uniform=tuple(self._uniform()),
         )
 
     def _metric(self, chosen: Allocation, task: Task) -> float:
-        model = deepcopy(self._model)
-        importance = importance_of(self._recipe, model, task)
-        prepare(
-            model,
-            self.spec(chosen),
-            self._recipe.dkm,
-            seed=self._recipe.seed,
-            sensitivity=importance,
-        )
+        model, spec = deepcopy(self._calibration.model), self.spec(chosen)
+        if not all(rule.skip for rule in spec.rules):
+            prepare(
+                model,
+                spec,
+                self._recipe.dkm,
+                seed=self._recipe.seed,
+                sensitivity=self._calibration.importance,
+            )
         return evaluate(model.eval(), task)
+
+    def _some_of_the_front(self) -> list[Allocation]:
+        every = -(-len(self._front) // _MOST_POINTS)
+        return self._front[::-every][::-1]
 
     def _uniform(self) -> Iterator[Point]:
         """What a recipe with one rule for all layers would come to."""
@@ -276,16 +302,15 @@ class _Planner:
         for setting in dict.fromkeys(x for layer in self._layers for x in layer.settings if x):
             if setting.groups > 1:
                 continue
-            choices = []
+            choices: list[Setting | None] = []
             for layer in self._layers:
-                own = small if layer.size < spec.small_layer_size else setting
-                choices.append(own if own in layer.settings else None)
-            large = [
-                choice
-                for layer, choice in zip(self._layers, choices, strict=True)
-                if layer.size >= spec.small_layer_size
-            ]
-            if large and None not in large:
+                is_small = layer.size < spec.small_layer_size
+                own = small if is_small and small in layer.settings else setting
+                if own in layer.settings:
+                    choices.append(own)
+                elif is_small and None in layer.settings:
+                    choices.append(None)
+            if len(choices) == len(self._layers) and any(choices):
                 pairs = list(zip(self._layers, choices, strict=True))
                 yield Point(
                     name=str(setting),
@@ -298,36 +323,39 @@ def _calibration(
     recipe: Recipe, model: nn.Module, task: Task | None, examples: int
 ) -> tuple[Calibration, str]:
     """What sensitivities are measured on, also in words."""
-    count = max(1, examples // _BATCHES)
     if task is None:
         generator = torch.Generator().manual_seed(recipe.seed)
         inputs = [tuple(x.random(generator) for x in recipe.model.inputs) for _ in range(_BATCHES)]
-        calibration = Calibration(model, inputs, _relative_error, recipe.seed)
-        return calibration, f"{_BATCHES} random inputs: the recipe has no task"
-    batches = batches_of(task, "train", count, recipe.seed)
-    inputs = [batch for batch, _ in islice(batches, _BATCHES)]
-    total = sum(len(batch[0]) for batch in inputs)
-    calibration = Calibration(
-        model, inputs, _divergence_of(task), recipe.seed, importance_of(recipe, model, task)
-    )
-    return calibration, f"{total} examples of the training split"
+        words = f"{_BATCHES} random inputs: the recipe has no task"
+    else:
+        count = min(_BATCHES, examples)
+        batches = batches_of(task, "train", examples // count, recipe.seed)
+        inputs = [batch for batch, _ in islice(batches, count)]
+        words = f"{sum(len(batch[0]) for batch in inputs)} examples of the training split"
+    scales = scales_of(model, inputs)
+    about = recipe.source().model_dump_json(exclude={"name", "outputs"})
+    divergence = _divergence_of(task) if task else _relative_error_of(scales)
+    importance = importance_of(recipe, model, task)
+    calibration = Calibration(model, inputs, divergence, scales, recipe.seed, about, importance)
+    return calibration, words
 
 
-def _divergence_of(task: Task) -> Callable[[Outputs, Outputs], Tensor]:
-    name = f"task '{type(task).__name__}': its distillation"
-
+def _divergence_of(task: Task) -> Divergence:
     def divergence(outputs: Outputs, references: Outputs) -> Tensor:
-        with user_code(name):
-            return task.distillation(outputs[0], references[0], _TEMPERATURE)
+        return distillation_of(task, outputs[0], references[0], _TEMPERATURE)
 
     return divergence
 
 
-def _relative_error(outputs: Outputs, references: Outputs) -> Tensor:
+def _relative_error_of(scales: Sequence[float]) -> Divergence:
     """Squared, of all outputs, relative to their variance."""
-    terms = [
-        (ours - theirs).square().mean() / theirs.var(correction=0).clamp(min=1e-12)
-        for ours, theirs in zip(outputs, references, strict=True)
-        if theirs.is_floating_point()
-    ]
-    return torch.stack(terms).sum()
+
+    def relative_error(outputs: Outputs, references: Outputs) -> Tensor:
+        terms = [
+            ((ours - theirs) / scale).square().mean()
+            for ours, theirs, scale in zip(outputs, references, scales, strict=True)
+            if theirs.is_floating_point()
+        ]
+        return torch.stack(terms).sum()
+
+    return relative_error
