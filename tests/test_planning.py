@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,10 +71,10 @@ class Half(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.half = nn.Linear(48, 64), HalfLine(64, 96)
+        self.layer, self.low = nn.Linear(48, 64), HalfLine(64, 96)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.half(torch.tanh(self.layer(x)))
+        y: Tensor = self.low(torch.tanh(self.layer(x)))
         return y
 
 
@@ -234,13 +238,6 @@ def test_predictions_follow_measurements() -> None:
     assert uniform[0].keys() == uniform[1].keys() >= {"2/1", "3/1", "4/1", "4/2", "6/4"}
     for name, predicted in uniform[0].items():
         assert 1 / 3 < predicted / uniform[1][name] < 3
-    plan = plans["gradients"]
-    assert plan.bound <= plan.error
-    for point in plan.uniform:
-        if point.bytes <= plan.point.bytes:
-            continue
-        assert plan.error >= 0
-    assert all(plan.error <= point.error for point in plan.uniform if point.bytes <= plan.bound)
 
 
 def calibration_of(model: nn.Module, inputs: list[tuple[Tensor, ...]]) -> Calibration:
@@ -263,7 +260,9 @@ def test_predictions_of_a_linear_model_are_its_errors() -> None:
     measured = measured_errors(calibration, wanted, ignore)
     assert len(predicted) > 15
     for key, error in measured.items():
-        assert predicted[key] == pytest.approx(error, rel=0.15)
+        assert 0.75 < predicted[key] / error < 1.5
+    mean = np.mean([predicted[key] / error for key, error in measured.items()])
+    assert 0.9 < mean < 1.25
 
 
 def test_the_model_is_left_as_it_is() -> None:
@@ -296,8 +295,8 @@ def test_the_model_is_left_as_it_is() -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_quick_centroids_are_almost_as_good(dim: int, weighted: bool) -> None:
     generator = torch.Generator().manual_seed(dim)
-    vectors = torch.randn(2, 40_000, dim, generator=generator) ** 3
-    counts = torch.rand(2, 40_000, generator=generator) if weighted else None
+    vectors = torch.randn(2, 20_000, dim, generator=generator)
+    counts = torch.rand(2, 20_000, generator=generator) if weighted else None
     ks = (4, 16, 64)
     found = quick_centroids(vectors, ks, 0, counts)
     for k, quick in zip(ks, found, strict=True):
@@ -347,17 +346,12 @@ def test_tables_are_the_optimal_centroids() -> None:
             assert torch.equal(found, optimal_centroids(values, k, counts))
 
 
-def plan_of(
-    factory: str, inputs: str, budget: Budget, tmp_path: Path, **question: Any
-) -> tuple[Any, CompressionSpec]:
-    recipe = load_recipe(recipe_file(tmp_path, factory, inputs))
-    return make_plan(recipe, budget, Question(**question), ignore)
-
-
 def test_a_plan_is_no_worse_than_anything_uniform(tmp_path: Path) -> None:
     least = None
+    recipe = load_recipe(recipe_file(tmp_path, "tests.zoo:convolutions", IMAGE))
+    question = Question(file=tmp_path / "sensitivities.json")
     for rate in (1.5, 2, 3, 4.5, 8, 33):
-        plan, _ = plan_of("tests.zoo:convolutions", IMAGE, Budget(bits_per_weight=rate), tmp_path)
+        plan, _ = make_plan(recipe, Budget(bits_per_weight=rate), question, ignore)
         size = plan.point.bytes
         assert size <= rate * sum(np.prod(layer.shape) for layer in plan.layers) / 8
         assert plan.error == pytest.approx(sum(layer.error for layer in plan.layers))
@@ -372,7 +366,7 @@ def test_a_plan_is_no_worse_than_anything_uniform(tmp_path: Path) -> None:
 def test_pins_exclusions_and_groups(dkm: Dkm, tmp_path: Path) -> None:
     file = recipe_file(tmp_path, "tests.zoo:convolutions", IMAGE)
     code, found = dkm(
-        *("plan", file, "--bits-per-weight", 4, "--pin", "up.*=3/1/4", "--pin", "stem*=dense"),
+        *("plan", file, "--bits-per-weight", 12, "--pin", "up.*=3/1/4", "--pin", "stem*=dense"),
         *("--pin", "line.*=8/1", "--pin", "line.*=5/2", "--exclude", "head.*"),
     )
     assert code == 0
@@ -387,9 +381,13 @@ def test_pins_exclusions_and_groups(dkm: Dkm, tmp_path: Path) -> None:
         (["--pin", "head.*=9/1"], 2, "'9/1' is no setting: write bits/dim"),
         (["--pin", "4/1"], 2, "is no pin: write PATTERN=SETTING"),
         (["--pin", "line.*=4/5", "--target", "coreml"], 4, "line.weight at 4/5: coreml: dim 5 "),
-        (["--settings", "4/5", "--exclude", "[!l]*", "--target", "coreml"], 4, "line.weight canno"),
+        (["--settings", "4/5", "--exclude", "[!u]*", "--target", "coreml"], 4, "up.weight canno"),
         (["--settings", "8/64"], 2, "up.weight cannot have any of its settings .8/64: a palette"),
-        (["--exclude", "*"], 2, "no layer gets a palette: allow fewer bytes, or exclude less"),
+        (
+            ["--exclude", "*", "--bits-per-weight", 32],
+            2,
+            "no layer gets a palette: allow fewer bytes, or exclude less",
+        ),
         (["--settings", "dense"], 2, "'dense' is no setting"),
         (["--set", "coreml.lut=int8"], 2, "option for 'coreml', which is no chosen target: none"),
         (
@@ -398,13 +396,239 @@ def test_pins_exclusions_and_groups(dkm: Dkm, tmp_path: Path) -> None:
             "up.weight at 4/1: coreml: its LUT is not int8 times a power of two",
         ),
     ):
-        result, found = dkm("plan", file, "--bits-per-weight", 4, *arguments)
-        assert result == code
-        assert re_search(message, found["error"]["message"])
+        budget = [] if "--budget" in arguments else ["--bits-per-weight", 4]
+        result, found = dkm("plan", file, *budget, *arguments)
+        assert result == code, found["error"]
+        assert re.search(message, found["error"]["message"])
 
 
-def re_search(pattern: str, text: str) -> bool:
-    import re
+def test_budgets(dkm: Dkm, tmp_path: Path) -> None:
+    file = recipe_file(tmp_path, "tests.zoo:tokens", TOKENS)
+    kept = ["--sensitivities", tmp_path / "kept.json"]
+    sizes = {}
+    for text, limit in (("9kB", 9000), ("8.2kB", 8200), ("0.008MiB", 8388), ("1GB", 10**9)):
+        code, found = dkm("plan", file, "--budget", text, *kept)
+        assert code == 0
+        assert found["plan"]["limit"] == limit
+        sizes[limit] = found["plan"]["bytes"]["checkpoint"]
+    for limit in (9000, 8200, 8388):
+        assert 0.98 * limit < sizes[limit] <= limit, sizes
+    assert sizes[10**9] > 12_000
+    code, found = dkm("plan", file, "--budget", "1kB", *kept)
+    assert code == 2
+    least = re.search("smallest settings it is ([0-9,]+)", found["error"]["message"])
+    assert least
+    number = int(least[1].replace(",", ""))
+    assert dkm("plan", file, "--budget", number, *kept)[0] == 0
+    assert dkm("plan", file, "--budget", number - 1, *kept)[0] == 2
+    code, found = dkm("plan", file, "--bits-per-weight", 0.1, *kept)
+    least = re.search(r"smallest settings take ([0-9.]+)", found["error"]["message"])
+    assert least
+    assert dkm("plan", file, "--bits-per-weight", least[1], *kept)[0] == 0
+    small = recipe_file(tmp_path, "tests.zoo:arithmetic", ROW)  # which could stay dense as a whole
+    code, found = dkm("plan", small, "--budget", "1GB")
+    assert (code, "no layer gets a palette" in found["error"]["message"]) == (2, True)
+    for option, value, message in (
+        ("--budget", "0", "the budget has to be more than 0"),
+        ("--budget", "0.1B", "the budget has to be more than 0"),
+        ("--budget", "9" * 400, "is more than a file can have"),
+        ("--budget", "nan", "is no size"),
+        ("--budget", "3.3 mb", "is no size"),
+        ("--bits-per-weight", "0", "the budget has to be more than 0"),
+        ("--bits-per-weight", "nan", "is no number of at least 0"),
+        ("--bits-per-weight", "9" * 400, "is no number of at least 0"),
+        ("--max-drop", "inf", "is no number of at least 0"),
+        ("--max-drop", "1", "a budget of the metric needs a recipe with a task"),
+    ):
+        code, found = dkm("plan", file, option, value)
+        assert code == 2
+        assert message in found["error"]["message"]
 
-    assert re.search(pattern, text), text
-    return True
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Integers", [], "no output of the model is a floating-point number"),
+        ("Cut", [], "cannot be differentiated by its weights: use --measure"),
+        ("Cut", ["--measure"], None),
+    ],
+)
+def test_outputs_that_cannot_be_compared(
+    dkm: Dkm, tmp_path: Path, name: str, options: list[str], message: str | None
+) -> None:
+    file = recipe_file(tmp_path, f"tests.test_planning:{name}", ROW)
+    code, found = dkm("plan", file, "--bits-per-weight", 3, *options)
+    assert code == (2 if message else 0)
+    assert message is None or message in found["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "message"),
+    [
+        ("raises", [], "task 'Odd': its distillation failed: ValueError: no logits"),
+        ("raises", ["--measure"], "task 'Odd': its distillation failed: ValueError: no logits"),
+        ("nan", [], ": its error at 1/1 is nan: the model's outputs, the task's distillation or"),
+        ("nan", ["--measure"], ": its error at 1/1 is nan"),
+        ("detached", [], "its distillation is not a scalar tensor that depends on trainable"),
+    ],
+)
+def test_distillations_that_fail(dkm: Dkm, how: str, options: list[str], message: str) -> None:
+    task = f"task={{factory='tests.test_planning:Odd', arguments={{how='{how}'}}}}"
+    sets = ["--set", task, "--set", "train.epochs=0", "--examples", 8, "--settings", "1/1"]
+    code, found = dkm("plan", "digits", "--bits-per-weight", 3, *sets, *options)
+    assert code == 2
+    assert message in found["error"]["message"]
+
+
+def test_the_file_of_sensitivities(dkm: Dkm, row: Path, tmp_path: Path) -> None:
+    file = tmp_path / "kept.json"
+    ask = ["plan", row, "--bits-per-weight", 3, "--sensitivities", file]
+    _, fresh = dkm(*ask[:-2])
+    # errors are the same from a file, in parts and at once, but for the rounding of products
+    assert dkm(*ask, "--settings", "3/2,2/1,3/2", "--exclude", "head.*")[0] == 0
+    assert len(json.loads(file.read_text())["layers"]["layer.weight"]["errors"]) == 2
+    code, found = dkm(*ask)
+    assert (code, found["plan"]["bytes"]) == (0, fresh["plan"]["bytes"])
+    assert found["plan"]["error"] == pytest.approx(fresh["plan"]["error"], rel=1e-5)
+    fresh = found
+    content = file.read_bytes()
+    before = file.stat().st_mtime_ns
+    assert dkm(*ask)[1]["plan"] == fresh["plan"]
+    assert file.stat().st_mtime_ns == before
+
+    def edited(change: Callable[[dict[str, Any]], object]) -> tuple[int, dict[str, Any]]:
+        data = json.loads(content)
+        change(data)
+        file.write_text(json.dumps(data))
+        return dkm(*ask)
+
+    def layer(data: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = data["layers"]["layer.weight"]
+        return found
+
+    code, found = edited(lambda data: layer(data).update(importance=0))
+    assert code == 0
+    planned = {entry["name"]: entry for entry in found["plan"]["layers"]}["layer.weight"]
+    assert (planned["error"], planned["bits"] / planned["dim"]) == (0, 0.75)  # the fewest
+    assert json.loads(file.read_text())["layers"]["layer.weight"]["importance"] == 0
+    # an unknown layer is kept, a missing layer or setting found again
+    stranger = {"axis": 0, "lut": "float16", "errors": {"any": 1}}
+    code, found = edited(
+        lambda data: (
+            data["layers"].update(stranger=stranger),
+            layer(data)["errors"].pop("3/1"),
+            data["layers"].pop("head.weight"),
+        )
+    )
+    assert (code, found["plan"]["bytes"]) == (0, fresh["plan"]["bytes"])
+    kept = json.loads(file.read_text())["layers"]
+    assert kept.pop("stranger")["errors"] == {"any": 1}
+    for name, entry in json.loads(content)["layers"].items():
+        assert kept[name]["errors"] == pytest.approx(entry["errors"], rel=1e-5)
+    changes: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+        (lambda data: layer(data).update(importance=float("nan")), "layer.weight.importance"),
+        (lambda data: layer(data).update(importance=-1), "layer.weight.importance"),
+        (lambda data: layer(data).update(importance=1e300), "layer.weight.importance"),
+        (lambda data: layer(data)["errors"].update({"3/1": "much"}), "errors.3/1"),
+        (lambda data: layer(data).update(axis=1), "are of axis 1 and lut float16, not 0 and"),
+        (lambda data: data.update(extra=1), "'extra'"),
+        (lambda data: data.update(method="measured"), "are measured, not predicted from grad"),
+        (lambda data: data.update(schema_version=2), "schema_version"),
+        (lambda data: data.update(fingerprint="0"), "of other weights or inputs: name another"),
+    ]
+    for change, message in changes:
+        code, found = edited(change)
+        assert code == 2
+        assert found["error"]["message"].startswith(f"{file}: ")
+        assert message in found["error"]["message"]
+    file.write_bytes(content)
+    for other in (["--seed", "1"], ["--set", "model.factory='tests.zoo:arithmetic'"]):
+        code, found = dkm(*ask, *other)
+        assert (code, "of other weights or inputs" in found["error"]["message"]) == (2, True)
+    code, found = dkm(*ask, "--set", "compression.rules=[{bits=4, lut='int8'}]")
+    assert (code, "remove that layer there" in found["error"]["message"]) == (2, True)
+    assert file.read_bytes() == content
+
+
+def test_no_file_is_lost(dkm: Dkm, row: Path, tmp_path: Path) -> None:
+    notes, folder, link = tmp_path / "notes.txt", tmp_path / "folder", tmp_path / "link"
+    notes.write_text("mine")
+    folder.mkdir()
+    link.symlink_to(tmp_path / "nowhere")
+    ask = ["plan", row, "--bits-per-weight", 3]
+    same = tmp_path / "same"
+    for arguments, message in (
+        (["--sensitivities", notes], "Invalid JSON"),
+        (["--sensitivities", folder], "is a folder"),
+        (["--sensitivities", link], "is a link"),
+        (["--sensitivities", row], "holds the input"),
+        (["--sensitivities", same, "-o", same], "holds the input"),
+        (["--sensitivities", notes, "-o", notes, "--force"], "holds the input"),
+        (["-o", row, "--force"], "holds the input"),
+        (["-o", notes], "exists"),
+        (["-o", folder, "--force"], "holds"),
+    ):
+        code, found = dkm(*ask, *arguments)
+        assert code == 2
+        assert message in found["error"]["message"] or arguments[1] == folder
+    weights = tmp_path / "weights.safetensors"
+    weights.write_text("mine")
+    sets = ["--set", f"model.weights='{weights}'", "--force", "-o", weights]
+    assert "holds the input" in dkm(*ask, *sets)[1]["error"]["message"]
+    assert notes.read_text() == weights.read_text() == "mine"
+    assert not same.exists()
+    assert not list(folder.iterdir())
+    assert "[model]" in row.read_text()
+
+
+def test_an_interrupted_plan_leaves_nothing(row: Path, tmp_path: Path) -> None:
+    output, kept = tmp_path / "planned.toml", tmp_path / "kept.json"
+    before = set(tmp_path.iterdir())
+    program = [sys.executable, "-u", "-m", "dkm_export", "plan", str(row), "--bits-per-weight", "3"]
+    with subprocess.Popen(
+        [*program, "-o", str(output), "--sensitivities", str(kept)],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("clustering"):
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) in (0, 130)
+    assert "Traceback" not in rest
+    if process.returncode == 130:
+        assert "interrupted" in rest
+        assert {*tmp_path.iterdir()} - before <= {kept}
+
+
+def test_mistakes_show_before_the_training(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    broken = tmp_path / "kept.json"
+    broken.write_text("{")
+    for arguments in (
+        ["--pin", "nothing=4/1"],
+        ["--sensitivities", str(broken)],
+        ["--settings", "4/5", "--target", "coreml"],
+    ):
+        assert main(["plan", "digits", "--bits-per-weight", "3", *arguments]) in (2, 4)
+        assert "epoch" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_smallest_plan_that_keeps_the_metric(dkm: Dkm, tmp_path: Path) -> None:
+    ask = ["plan", "digits", "--set", "train.epochs=1", "--set", "dkm.epochs=0"]
+    some = ["--settings", "1/1,2/1,4/1,8/1,4/4", "--sensitivities", tmp_path / "kept.json"]
+    output = tmp_path / "planned.toml"
+    code, found = dkm(*ask, *some, "--max-drop", 1.5, "-o", output)
+    assert code == 0
+    points = found["plan"]["front"]
+    assert points[0]["bytes"] < found["plan"]["bytes"]["checkpoint"] < points[-1]["bytes"]
+    code, run = dkm("compress", output, "-o", tmp_path / "run")
+    assert code == 0
+    assert run["metrics"]["fp32"] - run["metrics"]["hard"] <= 1.5
+    code, found = dkm(*ask, "--max-drop", 0, "--settings", "1/1", "--exclude", "hidden.*")
+    assert code == 2
+    assert "no plan keeps the metric within 0 of" in found["error"]["message"]

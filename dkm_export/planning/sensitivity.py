@@ -219,7 +219,7 @@ def measured_errors(
     for layer, settings in wanted:
         for setting, weight in calibration.palettized(layer, settings):
             changed = calibration.measure({layer.name: weight}, references)
-            errors[layer.name, setting] = max(0.0, changed - base)
+            errors[layer.name, setting] = max(changed - base, 0.0)  # in this order NaN stays
             progress(f"measuring {layer.name} at {setting}", len(errors), total)
     return errors
 
