@@ -86,7 +86,8 @@ class Integers(nn.Module):
         self.layer = nn.Linear(48, 96)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).argmax(1, keepdim=True)
+        y: Tensor = self.layer(x)
+        return y.argmax(1, keepdim=True)
 
 
 class Cut(nn.Module):
@@ -97,7 +98,8 @@ class Cut(nn.Module):
         self.layer = nn.Linear(48, 96)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).detach()
+        y: Tensor = self.layer(x)
+        return y.detach()
 
 
 class Odd(Digits):
@@ -229,7 +231,7 @@ def test_predictions_follow_measurements() -> None:
     settings = tuple(Setting.parse(text) for text in ("2/1", "3/1", "4/1", "4/2", "6/4", "2/1/8"))
     plans = {}
     for method in ("gradients", "measured"):
-        question = Question(settings=settings, method=method, examples=64)  # type: ignore[arg-type]
+        question = Question(settings=settings, method=method, examples=64)
         plans[method], _ = make_plan(recipe, Budget(bits_per_weight=3), question, ignore)
     uniform = [
         {point.name: point.error for point in plans[method].uniform}
@@ -251,7 +253,9 @@ def test_predictions_of_a_linear_model_are_its_errors() -> None:
     """Of mean squared outputs the second order is all there is."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Linear(48, 256, bias=False).eval()
-    inputs = [(torch.randn(64, 48, generator=generator),) for _ in range(8)]
+    inputs: list[tuple[Tensor, ...]] = [
+        (torch.randn(64, 48, generator=generator),) for _ in range(8)
+    ]
     calibration = calibration_of(model, inputs)
     spec = CompressionSpec(rules=(LayerRule(bits=4),), small_layer_size=0)
     layers = candidates(model, spec, DEFAULT_SETTINGS, (), ())
@@ -266,12 +270,13 @@ def test_predictions_of_a_linear_model_are_its_errors() -> None:
 
 
 def test_the_model_is_left_as_it_is() -> None:
-    model = lively(Tied())
+    model = Tied()
+    lively(model)
     model.hidden.weight.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = [parameter.requires_grad for parameter in model.parameters()]
     threads = torch.get_num_threads()
-    inputs = [(torch.arange(12)[None],), (torch.arange(12, 24)[None],)]
+    inputs: list[tuple[Tensor, ...]] = [(torch.arange(12)[None],), (torch.arange(12, 24)[None],)]
     calibration = calibration_of(model, inputs)
     spec = CompressionSpec(rules=(LayerRule(bits=4),), small_layer_size=0)
     layers = candidates(model, spec, (Setting(4, 1), Setting(3, 2)), (), ())

@@ -188,20 +188,29 @@ class _Planner:
         mock-up take turns.
         """
         best: tuple[Allocation, dict[str, int]] | None = None
-        room = limit
         tried: dict[tuple[int, ...], dict[str, int]] = {}
-        for attempt in range(1, _MOST_MOCK_UPS + 1):
+        largest = sum(max(options.costs) for options in self._options)
+        low, high, room = 0, largest + 1, min(limit, largest)
+        while low <= room < high:
             chosen = allocate(self._options, room) or self._front[0]
-            if chosen.choices in tried:
-                break
-            self._progress("mock-up of the artifacts", attempt, _MOST_MOCK_UPS)
-            sizes = tried[chosen.choices] = self.sizes(chosen)
+            if chosen.choices not in tried:
+                if len(tried) == _MOST_MOCK_UPS:
+                    break
+                self._progress("mock-up of the artifacts", len(tried) + 1, _MOST_MOCK_UPS)
+                tried[chosen.choices] = self.sizes(chosen)
+            sizes = tried[chosen.choices]
             left = limit - max(sizes.values())
-            if left >= 0 and (best is None or chosen.error < best[0].error):
-                best = chosen, sizes
-            if 0 <= left <= _CLOSE * limit:
+            if left < 0:
+                high = room
+            else:
+                low = room + 1
+                if best is None or chosen.error < best[0].error:
+                    best = chosen, sizes
+            if 0 <= left <= _CLOSE * limit or (left < 0 and chosen == self._front[0]):
                 break
             room = chosen.cost + left
+            if not low <= room < high:
+                room = (low + high) // 2
         if best is None:
             least = self._front[0]
             sizes = tried.get(least.choices) or self.sizes(least)

@@ -10,8 +10,8 @@ with their mean squares alone, the diagonal.
 
 Sources: Kim et al., "SqueezeLLM", arXiv 2306.07629, section 4.1, and Hassibi and Stork, "Second
 Order Derivatives for Network Pruning: Optimal Brain Surgeon", NIPS 1992, for the estimate; there
-``g`` are gradients of the loss, which vanish where a model is its own teacher. For ``J h J``: Martens,
-"New Insights and Perspectives on the Natural Gradient Method", arXiv 1412.1193, section 8.
+``g`` are gradients of the loss, which vanish where a model is its own teacher. For ``J h J``:
+Martens, "New Insights and Perspectives on the Natural Gradient Method", arXiv 1412.1193, section 8.
 """
 
 from __future__ import annotations
