@@ -42,6 +42,7 @@ def test_nothing_beats_an_allocation(seed: int) -> None:
         assert found is not None
         assert found.cost <= budget
         assert found.error == pytest.approx(min(fitting))
+        assert lower_bound(layers, found.cost) <= found.error * (1 + 1e-12)
         assert lower_bound(layers, budget) <= min(fitting) * (1 + 1e-12)
         assert found.cost == sum(
             layer.costs[option] for layer, option in zip(layers, found.choices, strict=True)
@@ -49,13 +50,32 @@ def test_nothing_beats_an_allocation(seed: int) -> None:
 
 
 def test_large_budgets_are_kept_and_nearly_optimal() -> None:
-    generator = np.random.default_rng(0)
-    layers = random_layers(generator, 60, 3_000_000)
-    budget = 40_000_000
-    found = allocate(layers, budget)
+    small = random_layers(np.random.default_rng(0), 60, 3_000)
+    large = [Options([1000 * cost for cost in layer.costs], layer.errors) for layer in small]
+    for budget in (35_000, 40_000, 80_000):
+        found, exact = allocate(large, 1000 * budget), allocate(small, budget)
+        assert found is not None
+        assert exact is not None
+        assert found.cost <= 1000 * budget
+        assert lower_bound(large, 1000 * budget) <= exact.error <= found.error
+        # a layer loses less than one of the 2**17 buckets
+        less = allocate(small, budget - 60 * (1 + 1000 * budget // 2**17) // 1000 - 1)
+        assert less is not None
+        assert found.error <= less.error
+
+
+def test_equal_and_worthless_choices() -> None:
+    same = Options([5, 5, 3], [1.0, 1.0, 1.0])
+    free = Options([9, 2], [0.0, 0.0])
+    found = allocate([same, free], 10**18)
     assert found is not None
-    assert 0.999 * budget < found.cost <= budget
-    assert lower_bound(layers, budget) <= found.error <= 1.02 * lower_bound(layers, budget)
+    assert (found.cost, found.error) == (5, 1.0)
+    assert [point.cost for point in front([same, free])] == [5]
+    assert allocate([same], 3) is not None
+    assert allocate([same], 2) is None
+    huge = Options([1, 2], [1e60, 5e-324])
+    assert [point.error for point in front([huge])] == [1e60, 5e-324]
+    assert lower_bound([huge], 1) == 1e60
 
 
 def test_the_front_ascends_and_nothing_beats_it() -> None:

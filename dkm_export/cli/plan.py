@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,8 @@ _UNITS = {
     "MiB": 2**20,
     "GiB": 2**30,
 }
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_NO_FILE = 2**63
 _FRONT = 12
 """Points of the front that are printed."""
 
@@ -45,13 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     budget.add_argument(
         "--bits-per-weight",
-        type=float,
+        type=_number,
         metavar="BITS",
         help="bits of indices and LUTs for each weight that may have a palette",
     )
     budget.add_argument(
         "--max-drop",
-        type=float,
+        type=_number,
         metavar="POINTS",
         help="the smallest plan that loses at most so much of the metric without fine-tuning",
     )
@@ -113,7 +117,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     from dkm_export.training.recipe import find_recipe, load_recipe
 
     budget = Budget(options.budget, options.bits_per_weight, options.max_drop)
-    if any(x is not None and x <= 0 for x in (budget.limit, budget.bits_per_weight)):
+    if 0 in (budget.limit, budget.bits_per_weight):
         raise InvalidInput("the budget has to be more than 0")
     if options.examples < 1:
         raise InvalidInput(f"--examples {options.examples}: at least 1")
@@ -121,12 +125,17 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     file = find_recipe(options.recipe)
     recipe = load_recipe(file, overrides)
     output: Path | None = options.output
+    kept: Path | None = options.sensitivities
+    inputs = [file, *([recipe.model.weights] if recipe.model.weights else [])]
+    if kept:
+        require_replaceable(kept, force=True, sources=inputs)
     if output:
-        require_replaceable(output, force=options.force, sources=[file])
+        sources = [*inputs, kept] if kept else inputs
+        require_replaceable(output, force=options.force, sources=sources)
     with terminal.training_progress() as progress:
         plan, spec = make_plan(recipe, budget, question, progress)
     if output:
-        with staged(output, force=options.force, sources=[file]) as new:
+        with staged(output, force=options.force, sources=sources) as new:
             new.write_text(planned_recipe(file, overrides, spec, plan))
     _show(plan, output, terminal)
     return ExitCode.OK
@@ -153,7 +162,8 @@ def _question(options: argparse.Namespace, terminal: Terminal) -> tuple[Question
     pins += [(pattern, None) for pattern in options.exclude]
     settings: tuple[Setting, ...] = ()
     if options.settings is not None:
-        settings = tuple(Setting.parse(text.strip()) for text in options.settings.split(","))
+        parsed = (Setting.parse(text.strip()) for text in options.settings.split(","))
+        settings = tuple(dict.fromkeys(parsed))
     question = Question(
         choose_targets(options.target, of_targets),
         settings,
@@ -171,7 +181,9 @@ def _pin(text: str) -> tuple[str, Setting | None]:
 
     pattern, equals, setting = text.rpartition("=")
     if not equals or not pattern:
-        raise InvalidInput(f"'{text}' is no pin: write PATTERN=SETTING, such as 'head.*=8/1'")
+        raise InvalidInput(
+            f"'{text}' is no pin: write PATTERN=SETTING, such as 'head.*=8/1' or 'head.*={DENSE}'"
+        )
     return pattern, None if setting == DENSE else Setting.parse(setting)
 
 
@@ -181,7 +193,17 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"'{text}' is no size: write a number and one of {', '.join(_UNITS)}"
         )
-    return int(float(match[1]) * _UNITS[match[2] or "B"])
+    count = int(Decimal(match[1]) * _UNITS[match[2] or "B"])
+    if count >= _NO_FILE:
+        raise argparse.ArgumentTypeError(f"'{text}' is more than a file can have")
+    return count
+
+
+def _number(text: str) -> float:
+    number = float(text) if _NUMBER.fullmatch(text) else math.inf
+    if math.isinf(number):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of at least 0")
+    return number
 
 
 def _show(plan: Plan, output: Path | None, terminal: Terminal) -> None:

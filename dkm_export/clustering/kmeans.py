@@ -106,10 +106,11 @@ def quick_centroids(
         return [
             torch.stack(best)[..., None].to(vectors.dtype) for best in zip(*tables, strict=True)
         ]
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.stack([_lloyd(x, k, s, generator, _QUICK_SAMPLE, 0) for x, s in pairs]) for k in ks
-    ]
+    found = []
+    for k in ks:
+        generator = torch.Generator().manual_seed(seed)  # whatever the other ks are
+        found.append(torch.stack([_lloyd(x, k, s, generator, _QUICK_SAMPLE, 0) for x, s in pairs]))
+    return found
 
 
 def _widened(

@@ -89,7 +89,8 @@ def choose_targets(
     settings = settings or {}
     names = [exporter.target for exporter in chosen]
     for target in settings.keys() - set(names):
-        raise InvalidInput(f"option for '{target}', which is no chosen target: {', '.join(names)}")
+        chosen_names = ", ".join(names) or "none"
+        raise InvalidInput(f"option for '{target}', which is no chosen target: {chosen_names}")
     found = []
     for exporter in chosen:
         try:
@@ -152,18 +153,8 @@ def _lower(
 ) -> Artifact:
     folder = root / exporter.target
     folder.mkdir()
-    module = model.build()
+    path = lower(exporter, options, model, folder, verbose=verbose)
     with quiet(enabled=not verbose):
-        try:
-            path = exporter.lower(model, module, folder, options)
-        except DkmError:
-            raise
-        except Exception as error:  # converters raise anything
-            summary = str(error).strip().partition("\n")[0]
-            raise Unsupported(
-                f"{exporter.target}: cannot lower '{model.source.name}': "
-                f"{type(error).__name__}: {summary} (-v shows all)"
-            ) from error
         try:
             problems = palette_problems(model, exporter.read_palettes(path))
         except InvalidInput as error:
@@ -172,6 +163,28 @@ def _lower(
         raise GateFailed(f"{exporter.target}: {problems[0]}")
     files = exporter.files(path)
     return Artifact.of(exporter.target, path, files, root, options.model_dump(mode="json"))
+
+
+def lower(
+    exporter: Exporter[Any], options: Frozen, model: PalettizedModel, folder: Path, *, verbose: bool
+) -> Path:
+    """Write a target's artifact into ``folder``, which is empty, and return its path.
+
+    Raises:
+        Unsupported: when the target cannot express the model.
+    """
+    module = model.build()
+    with quiet(enabled=not verbose):
+        try:
+            return exporter.lower(model, module, folder, options)
+        except DkmError:
+            raise
+        except Exception as error:  # converters raise anything
+            summary = str(error).strip().partition("\n")[0]
+            raise Unsupported(
+                f"{exporter.target}: cannot lower '{model.source.name}': "
+                f"{type(error).__name__}: {summary} (-v shows all)"
+            ) from error
 
 
 def palette_problems(model: PalettizedModel, found: Mapping[str, Palette]) -> list[str]:

@@ -8,18 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 _BUCKETS = 1 << 17
 """Sizes that the dynamic programming tells apart; so many more bytes are rounded up."""
-
-_PRICES = 200
-"""Prices of a byte that the front and the bound try."""
-
-_Floats = npt.NDArray[np.float64]
-_Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -78,48 +72,44 @@ def allocate(layers: Sequence[Options], budget: int) -> Allocation | None:
 
 
 def lower_bound(layers: Sequence[Options], budget: int) -> float:
-    """No choice within ``budget`` bytes has a smaller error: the best dual of the relaxation.
-
-    For any price of a byte, the least sum of errors and prices, less the price of the budget, is
-    such a bound.
-    """
-    bounds = [sum(min(layer.errors) for layer in layers)]
-    for price in _prices(layers):
-        found = _cheapest(layers, price)
-        bounds.append(found.error + price * (found.cost - budget))
-    return max(bounds)
+    """No choice within ``budget`` bytes has a smaller error: that of fractions of options."""
+    points = front(layers)
+    costs, errors = [point.cost for point in points], [point.error for point in points]
+    return float(np.interp(budget, costs, errors))
 
 
 def front(layers: Sequence[Options]) -> list[Allocation]:
     """Choices that nothing of their size beats, from the smallest to the least error.
 
-    Those on the convex hull, which are the best at a price of a byte.
+    Those on the convex hull, each a step of one layer larger than the one before; the steps that
+    spare most error for a byte come first.
     """
-    found = {x.cost: x for x in (_cheapest(layers, price) for price in _prices(layers))}
-    points: list[Allocation] = []
-    for cost in sorted(found):
-        if not points or found[cost].error < points[-1].error:
-            points.append(found[cost])
+    hulls = [_hull(layer) for layer in layers]
+    steps = []
+    for number, (layer, hull) in enumerate(zip(layers, hulls, strict=True)):
+        for place, (one, larger) in enumerate(pairwise(hull)):
+            steps.append((_slope(layer, one, larger), number, place, larger))
+    choices = [hull[0] for hull in hulls]
+    points = [_allocation(layers, choices)]
+    for _, number, _, option in sorted(steps):
+        choices[number] = option
+        points.append(_allocation(layers, choices))
     return points
 
 
-def _prices(layers: Sequence[Options]) -> _Floats:
-    """From nothing but bytes counting to nothing but errors counting."""
-    errors = np.array([error for layer in layers for error in layer.errors])
-    costs = np.array([cost for layer in layers for cost in layer.costs])
-    span, least = float(np.ptp(costs)), float(errors[errors > 0].min(initial=1.0))
-    most = max(float(errors.max()), least)
-    return np.geomspace(2 * most, least / max(span, 1.0) / 2, _PRICES)
+def _hull(layer: Options) -> list[int]:
+    """Options on the lower convex hull, by ascending bytes: each step spares less for a byte."""
+    kept: list[int] = []
+    for option in _undominated(layer):
+        while len(kept) > 1 and _slope(layer, *kept[-2:]) >= _slope(layer, kept[-1], option):
+            kept.pop()
+        kept.append(option)
+    return kept
 
 
-def _cheapest(layers: Sequence[Options], price: float) -> Allocation:
-    return _allocation(
-        layers,
-        [
-            int(np.argmin(np.asarray(layer.errors) + price * np.asarray(layer.costs, np.float64)))
-            for layer in layers
-        ],
-    )
+def _slope(layer: Options, one: int, other: int) -> float:
+    """Error for a byte from one option to a larger one; negative."""
+    return (layer.errors[other] - layer.errors[one]) / (layer.costs[other] - layer.costs[one])
 
 
 def _undominated(layer: Options) -> list[int]:

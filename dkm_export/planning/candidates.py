@@ -59,7 +59,7 @@ class Setting:
         if not (1 <= found.bits <= MAX_BITS and 1 <= found.dim <= MAX_DIM and found.groups):
             raise InvalidInput(
                 f"'{text}' is no setting: write bits/dim or bits/dim/groups, bits 1 to {MAX_BITS}, "
-                f"dim 1 to {MAX_DIM}, or {DENSE}"
+                f"dim 1 to {MAX_DIM}"
             )
         return found
 
@@ -161,8 +161,8 @@ def candidates(
     indices.
 
     Raises:
-        InvalidInput: when a pin matches no layer or does not fit it, or no layer may have a
-            palette.
+        InvalidInput: when a pin matches no layer or does not fit it, no setting fits a layer, or no
+            layer may have a palette.
         Unsupported: when a target holds no setting of a layer, or not its pin.
     """
     layers = plan(model, spec)
@@ -203,41 +203,49 @@ def _offer(
     pinned: bool,
 ) -> Candidate:
     kept: list[Setting | None] = []
-    refused = ""
+    reasons: list[str] = []
+    unsupported = False
     for setting in offered:
         if setting is None:
             kept.append(None)
             continue
-        try:
-            layout = candidate.layout(setting)
-        except InvalidInput as error:
-            if pinned:
-                raise InvalidInput(f"{candidate.name}: {error}") from error
-            continue
-        if not pinned and not _worth_it(layout, setting.bits):
-            continue
-        reason = _refusal(layout, setting.bits, targets)
-        refused = refused or reason
-        if not reason:
+        misfit = _misfit(candidate, setting, pinned=pinned)
+        if misfit and pinned:
+            raise InvalidInput(f"{candidate.name} at {setting}: {misfit}")
+        refusal = "" if misfit else _refusal(candidate, setting, targets)
+        if refusal and pinned:
+            raise Unsupported(f"{candidate.name} at {setting}: {refusal}")
+        unsupported = unsupported or bool(refusal)
+        if misfit or refusal:
+            reasons.append(f"{setting}: {misfit or refusal}")
+        else:
             kept.append(setting)
-        elif pinned:
-            raise Unsupported(f"{candidate.name}: {reason}")
     if not kept:
-        raise Unsupported(
-            f"{candidate.name}: nothing can be held of what it could choose from: "
-            f"{refused or 'LUTs would be larger than indices'}; offer others, or exclude it"
+        raise (Unsupported if unsupported else InvalidInput)(
+            f"{candidate.name} cannot have any of its settings ({'; '.join(reasons[:3])}): "
+            "offer others with --settings, or --exclude it"
         )
     return replace(candidate, settings=tuple(kept))
 
 
-def _worth_it(layout: Layout, bits: int) -> bool:
-    indices, lut = packed_size(layout.vectors, bits), lut_size(layout, bits)
-    return lut <= indices and palette_size(layout, bits) < 2 * layout.size
+def _misfit(candidate: Candidate, setting: Setting, *, pinned: bool) -> str:
+    """Why a layer should not have a setting whatever the target, or an empty string."""
+    try:
+        layout = candidate.layout(setting)
+    except InvalidInput as error:
+        return str(error)
+    if palette_size(layout, setting.bits) >= 2 * layout.size:
+        return "a palette would be no smaller than float16"
+    if not pinned and lut_size(layout, setting.bits) > packed_size(layout.vectors, setting.bits):
+        return "the LUT would be larger than the indices"
+    return ""
 
 
-def _refusal(layout: Layout, bits: int, targets: Targets) -> str:
+def _refusal(candidate: Candidate, setting: Setting, targets: Targets) -> str:
     """Why a target cannot hold such a palette, or an empty string."""
-    lut = np.zeros((layout.groups, 1 << bits, layout.dim), np.float16)
+    layout, bits = candidate.layout(setting), setting.bits
+    value = 0 if candidate.rule.lut == "int8" else 1 / 3  # which is no int8 times a power of two
+    lut = np.full((layout.groups, 1 << bits, layout.dim), value, np.float16)
     palette = Palette(bits, layout, lut, np.zeros(layout.index_shape, np.uint8))
     for exporter, options in targets:
         reason = exporter.refusal(palette, options)

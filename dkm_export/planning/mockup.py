@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from dkm_export.checkpoint import save_checkpoint
+from dkm_export.exporting.export import lower
 from dkm_export.files import CHECKPOINT
 from dkm_export.layers import LayerPlan, plan
 from dkm_export.palette import Palette, to_int8_grid
 from dkm_export.palettized import ModelSource, PalettizedModel
 from dkm_export.planning.candidates import Targets
-from dkm_export.quiet import quiet
 from dkm_export.spec import CompressionSpec
 
 CHECKPOINT_ONLY = "checkpoint"
@@ -35,13 +35,15 @@ def mock_up(model: nn.Module, source: ModelSource, spec: CompressionSpec) -> Pal
     ties = {layer.name: layer.tied_to for layer in layers if layer.tied_to}
     half = (torch.float16, torch.bfloat16)
     dense = {
-        name: tensor.float() if tensor.dtype in half else tensor
+        # copies: layers with two names share tensors, which no file holds
+        name: tensor.clone().float() if tensor.dtype in half else tensor.clone()
         for name, tensor in model.state_dict().items()
         if name not in palettes and name not in ties
     }
     # as long as numbers get in a checkpoint's header
     metrics = {"fp32": 100 / 3, "hard": 100 / 3} if source.task else {}
-    return PalettizedModel(source, spec, palettes, dense, metrics, ties)
+    # artifacts name their checkpoint
+    return PalettizedModel(source, spec, palettes, dense, metrics, ties, sha256="0" * 64)
 
 
 def artifact_bytes(model: PalettizedModel, targets: Targets, *, verbose: bool) -> dict[str, int]:
@@ -62,8 +64,7 @@ def artifact_bytes(model: PalettizedModel, targets: Targets, *, verbose: bool) -
             folder = Path(name, exporter.target)
             folder.mkdir()
             exporter.requires(model, options)
-            with quiet(enabled=not verbose):
-                artifact = exporter.lower(model, model.build(), folder, options)
+            artifact = lower(exporter, options, model, folder, verbose=verbose)
             sizes[exporter.target] = sum(file.stat().st_size for file in exporter.files(artifact))
     return sizes
 

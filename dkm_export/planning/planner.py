@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import combinations, islice
+from math import ceil
 from pathlib import Path
 from typing import Self
 
@@ -26,10 +27,17 @@ from dkm_export.planning.candidates import (
 )
 from dkm_export.planning.mockup import artifact_bytes, mock_up
 from dkm_export.planning.result import Plan, PlannedLayer, Point
-from dkm_export.planning.sensitivity import Calibration, Outputs, Progress
-from dkm_export.planning.table import Method, Sensitivities, sensitivities
+from dkm_export.planning.sensitivity import (
+    Calibration,
+    Divergence,
+    Outputs,
+    Progress,
+    scales_of,
+)
+from dkm_export.planning.table import Method, Sensitivities, read_sensitivities, sensitivities
+from dkm_export.references import build_module
 from dkm_export.spec import CompressionSpec
-from dkm_export.task import Task, batches_of, user_code
+from dkm_export.task import Task, batches_of, distillation_of
 from dkm_export.training.recipe import Recipe
 from dkm_export.training.stage import evaluate, float_model, importance_of
 
@@ -39,17 +47,13 @@ _BATCHES = 8
 _CLOSE = 0.002
 """Share of the budget that may stay unused before another mock-up is tried."""
 
-_MOST_MOCK_UPS = 6
-
-_GROWTHS = (0.0, 0.3, 2.0)
-"""Errors of layers add up to more than their sum, and large ones to more than predicted. Plans are
-made for several assumptions of how much more, and tried: see `_Planner.within`."""
-
-_USUAL = 6
-"""Mock-ups that progress expects."""
+_MOST_MOCK_UPS = 8
 
 _MOST_SHARED = 5
 """Things that decoders share, of which all parts are tried."""
+
+_MOST_POINTS = 100
+"""Of the front that a plan tells."""
 
 _TEMPERATURE = 1.0
 """Of outputs whose divergence is measured, for tasks that have such a thing."""
@@ -111,14 +115,21 @@ def make_plan(
             the budget.
         Unsupported: when a target cannot hold or express the model.
     """
-    model, task, fp32 = float_model(recipe, progress)
+    if budget.max_drop is not None and recipe.task is None:
+        raise InvalidInput("a budget of the metric needs a recipe with a task")
+    method, file = question.method, question.file
+    known = read_sensitivities(file, method) if file else None
+    # what is wrong should show before the training, so shapes come from a model without weights
+    blank = build_module(recipe.model.factory, recipe.model.arguments)
     layers = candidates(
-        model, recipe.compression, question.settings, question.pins, question.targets
+        blank, recipe.compression, question.settings, question.pins, question.targets
     )
+    del blank
+    model, task, fp32 = float_model(recipe, progress)
     calibration, words = _calibration(recipe, model, task, question.examples)
 
-    found = sensitivities(calibration, layers, question.method, question.file, progress)
-    planner = _Planner(recipe, model, layers, calibration, found, question, progress)
+    found = sensitivities(calibration, layers, method, file, known, progress)
+    planner = _Planner(recipe, calibration, layers, found, question, progress)
     if budget.limit is not None:
         chosen, sizes = planner.within(budget.limit)
     else:
@@ -126,9 +137,14 @@ def make_plan(
             chosen = planner.at_rate(budget.bits_per_weight)
         else:
             assert budget.max_drop is not None
+            assert task is not None
+            assert fp32 is not None
             chosen = planner.with_metric(task, fp32, budget.max_drop)
         sizes = planner.sizes(chosen)
-    return planner.describe(chosen, sizes, budget, words), planner.spec(chosen)
+    spec = planner.spec(chosen)
+    if all(rule.skip for rule in spec.rules):
+        raise InvalidInput("no layer gets a palette: allow fewer bytes, or exclude less")
+    return planner.describe(chosen, sizes, budget, words), spec
 
 
 @dataclass(frozen=True)
@@ -184,6 +200,11 @@ class _Costs:
         """The choice of fewest bytes, when what is shared is left out."""
         return front(self.options)[0]
 
+    @property
+    def largest(self) -> int:
+        """Bytes that no choice exceeds."""
+        return sum(max(x.costs) for x in self.options) + sum(self.shared.values())
+
     def total(self, choices: Sequence[int]) -> int:
         """Bytes of a choice for every layer."""
         used = frozenset[str]().union(
@@ -206,17 +227,15 @@ class _Planner:
     def __init__(
         self,
         recipe: Recipe,
-        model: nn.Module,
-        layers: Sequence[Candidate],
         calibration: Calibration,
+        layers: Sequence[Candidate],
         found: Sensitivities,
         question: Question,
         progress: Progress,
     ) -> None:
-        self._recipe, self._model, self._layers = recipe, model, layers
+        self._recipe, self._calibration, self._layers = recipe, calibration, layers
         self._source: ModelSource = recipe.source()
         self._found, self._question, self._progress = found, question, progress
-        self._calibration, self._mock_ups = calibration, 0
         self._options = [
             Options(
                 [layer.nbytes(setting) for setting in layer.settings],
@@ -224,31 +243,7 @@ class _Planner:
             )
             for layer in layers
         ]
-
-    def _grown(self, growth: float, usual: Allocation | None) -> list[Options]:
-        """The options with errors that grow faster than they should, from what is usual on."""
-        if usual is None or not usual.error:
-            return self._options
-        factor = growth * len(self._layers) / usual.error
-        return [
-            Options(x.costs, [error + factor * error**2 for error in x.errors])
-            for x in self._options
-        ]
-
-    def _best(self, plans: Sequence[Allocation]) -> int:
-        """Which of the plans has the least divergence, measured with all layers together."""
-        measured = []
-        for done, plan in enumerate(plans, 1):
-            weights = {}
-            for layer, choice in zip(self._layers, plan.choices, strict=True):
-                setting = layer.settings[choice]
-                if setting:
-                    weights[layer.name] = dict(self._calibration.palettized(layer, [setting]))[
-                        setting
-                    ]
-            measured.append(self._calibration.measure(weights))
-            self._progress(f"trying plans: divergence {measured[-1]:.4g}", done, len(plans))
-        return measured.index(min(measured))
+        self._front = front(self._options)
 
     def spec(self, chosen: Allocation) -> CompressionSpec:
         """As a recipe has it."""
@@ -260,9 +255,7 @@ class _Planner:
 
     def sizes(self, chosen: Allocation) -> dict[str, int]:
         """Bytes of the artifacts, by target."""
-        self._mock_ups += 1
-        self._progress("mock-up of the artifacts", min(self._mock_ups, _USUAL), _USUAL)
-        mock = mock_up(self._model, self._source, self.spec(chosen))
+        mock = mock_up(self._calibration.model, self._source, self.spec(chosen))
         return artifact_bytes(mock, self._question.targets, verbose=self._question.verbose)
 
     def within(self, limit: int) -> tuple[Allocation, dict[str, int]]:
@@ -271,55 +264,66 @@ class _Planner:
         What a file takes beside palettes and their decoders only a mock-up tells, and of several
         files which one is the largest. So plan and mock-up take turns.
         """
-        found: list[tuple[Allocation, dict[str, int]]] = []
-        room, tightest, smallest = limit, self._question.targets, 0
-        for growth in _GROWTHS:
-            best: tuple[Allocation, dict[str, int]] | None = None
-            errors = self._grown(growth, found[0][0] if found else None)
-            seen = set()
-            for _ in range(_MOST_MOCK_UPS):
-                costs = _Costs.of(self._layers, errors, tightest)
-                chosen = costs.allocate(room) or costs.smallest()
-                if chosen.choices in seen:
+        best: tuple[Allocation, dict[str, int]] | None = None
+        tried: dict[tuple[int, ...], dict[str, int]] = {}
+        targets = self._question.targets
+        costs = _Costs.of(self._layers, self._options, targets)
+        low, high, room = 0, costs.largest + 1, min(limit, costs.largest)
+        while low <= room < high:
+            chosen = costs.allocate(room) or costs.smallest()
+            if chosen.choices not in tried:
+                if len(tried) == _MOST_MOCK_UPS:
                     break
-                seen.add(chosen.choices)
-                sizes = self.sizes(chosen)
-                largest = max(sizes, key=lambda target: sizes[target])
-                left, smallest = limit - sizes[largest], sizes[largest]
-                tightest = [x for x in tightest if x[0].target == largest] or tightest
-                room = _Costs.of(self._layers, errors, tightest).total(chosen.choices) + left
-                if left >= 0 and (best is None or chosen.error < best[0].error):
-                    best = chosen, sizes
-                if 0 <= left <= _CLOSE * limit:
-                    break
-            if best is not None:
-                found.append(best)
-        if not found:
-            raise InvalidInput(
-                f"nothing fits into {limit:,} bytes: with the smallest settings it is "
-                f"{smallest:,}: allow more, or offer smaller settings with --settings"
-            )
-        return found[self._best([chosen for chosen, _ in found])]
+                self._progress("mock-up of the artifacts", len(tried) + 1, _MOST_MOCK_UPS)
+                tried[chosen.choices] = self.sizes(chosen)
+            sizes = tried[chosen.choices]
+            tightest = max(sizes, key=lambda target: sizes[target])
+            left = limit - sizes[tightest]
+            if left >= 0 and (best is None or chosen.error < best[0].error):
+                best = chosen, sizes
+            if 0 <= left <= _CLOSE * limit:
+                break
+            if len(targets) > 1:
+                targets = [target for target in targets if target[0].target == tightest]
+                costs = _Costs.of(self._layers, self._options, targets)
+                low, high = 0, costs.largest + 1
+            elif left < 0:
+                high = room
+            else:
+                low = room + 1
+            if left < 0 and chosen.choices == costs.smallest().choices:
+                break
+            room = costs.total(chosen.choices) + left
+            if not low <= room < high:
+                room = (low + high) // 2
+        if best is None:
+            least = costs.smallest()
+            sizes = tried.get(least.choices) or self.sizes(least)
+            if max(sizes.values()) > limit:
+                raise InvalidInput(
+                    f"nothing fits into {limit:,} bytes: with the smallest settings it is "
+                    f"{max(sizes.values()):,}: allow more, or smaller settings with --settings"
+                )
+            best = least, sizes
+        return best
 
     def at_rate(self, bits_per_weight: float) -> Allocation:
         """The best plan with so many bits for each weight of its layers."""
         weights = sum(layer.size for layer in self._layers)
         chosen = allocate(self._options, int(bits_per_weight * weights / 8))
         if chosen is None:
-            smallest = front(self._options)[0].cost * 8 / weights
+            smallest = ceil(1000 * self._front[0].cost * 8 / weights) / 1000
             raise InvalidInput(
                 f"{bits_per_weight:g} bits per weight are too few: the smallest settings take "
                 f"{smallest:.3f}"
             )
         return chosen
 
-    def with_metric(self, task: Task | None, fp32: float | None, max_drop: float) -> Allocation:
+    def with_metric(self, task: Task, fp32: float, max_drop: float) -> Allocation:
         """The smallest plan of the front whose metric is at most ``max_drop`` below ``fp32``."""
-        if task is None or fp32 is None:
-            raise InvalidInput("a budget of the metric needs a recipe with a task")
-        points = front(self._options)
+        points = self._front
         low, high = 0, len(points) - 1
-        rounds = len(points).bit_length()
+        rounds = 1 + high.bit_length()
         for done in range(1, rounds + 1):
             middle = high if done == 1 else (low + high) // 2
             metric = self._metric(points[middle], task)
@@ -363,24 +367,28 @@ class _Planner:
             budget=str(budget),
             limit=budget.limit,
             bytes=dict(sizes),
-            error=sum(x.errors[i] for x, i in zip(self._options, chosen.choices, strict=True)),
+            error=chosen.error,
             bound=lower_bound(self._options, payload),
             layers=tuple(planned),
-            front=tuple(Point(bytes=x.cost, error=x.error) for x in front(self._options)),
+            front=tuple(Point(bytes=x.cost, error=x.error) for x in self._some_of_the_front()),
             uniform=tuple(self._uniform()),
         )
 
     def _metric(self, chosen: Allocation, task: Task) -> float:
-        model = deepcopy(self._model)
-        importance = importance_of(self._recipe, model, task)
-        prepare(
-            model,
-            self.spec(chosen),
-            self._recipe.dkm,
-            seed=self._recipe.seed,
-            sensitivity=importance,
-        )
+        model, spec = deepcopy(self._calibration.model), self.spec(chosen)
+        if not all(rule.skip for rule in spec.rules):
+            prepare(
+                model,
+                spec,
+                self._recipe.dkm,
+                seed=self._recipe.seed,
+                sensitivity=self._calibration.importance,
+            )
         return evaluate(model.eval(), task)
+
+    def _some_of_the_front(self) -> list[Allocation]:
+        every = -(-len(self._front) // _MOST_POINTS)
+        return self._front[::-every][::-1]
 
     def _uniform(self) -> Iterator[Point]:
         """What a recipe with one rule for all layers would come to."""
@@ -389,16 +397,15 @@ class _Planner:
         for setting in dict.fromkeys(x for layer in self._layers for x in layer.settings if x):
             if setting.groups > 1:
                 continue
-            choices = []
+            choices: list[Setting | None] = []
             for layer in self._layers:
-                own = small if layer.size < spec.small_layer_size else setting
-                choices.append(own if own in layer.settings else None)
-            large = [
-                choice
-                for layer, choice in zip(self._layers, choices, strict=True)
-                if layer.size >= spec.small_layer_size
-            ]
-            if large and None not in large:
+                is_small = layer.size < spec.small_layer_size
+                own = small if is_small and small in layer.settings else setting
+                if own in layer.settings:
+                    choices.append(own)
+                elif is_small and None in layer.settings:
+                    choices.append(None)
+            if len(choices) == len(self._layers) and any(choices):
                 pairs = list(zip(self._layers, choices, strict=True))
                 yield Point(
                     name=str(setting),
@@ -411,36 +418,39 @@ def _calibration(
     recipe: Recipe, model: nn.Module, task: Task | None, examples: int
 ) -> tuple[Calibration, str]:
     """What sensitivities are measured on, also in words."""
-    count = max(1, examples // _BATCHES)
     if task is None:
         generator = torch.Generator().manual_seed(recipe.seed)
         inputs = [tuple(x.random(generator) for x in recipe.model.inputs) for _ in range(_BATCHES)]
-        calibration = Calibration(model, inputs, _relative_error, recipe.seed)
-        return calibration, f"{_BATCHES} random inputs: the recipe has no task"
-    batches = batches_of(task, "train", count, recipe.seed)
-    inputs = [batch for batch, _ in islice(batches, _BATCHES)]
-    total = sum(len(batch[0]) for batch in inputs)
-    calibration = Calibration(
-        model, inputs, _divergence_of(task), recipe.seed, importance_of(recipe, model, task)
-    )
-    return calibration, f"{total} examples of the training split"
+        words = f"{_BATCHES} random inputs: the recipe has no task"
+    else:
+        count = min(_BATCHES, examples)
+        batches = batches_of(task, "train", examples // count, recipe.seed)
+        inputs = [batch for batch, _ in islice(batches, count)]
+        words = f"{sum(len(batch[0]) for batch in inputs)} examples of the training split"
+    scales = scales_of(model, inputs)
+    about = recipe.source().model_dump_json(exclude={"name", "outputs"})
+    divergence = _divergence_of(task) if task else _relative_error_of(scales)
+    importance = importance_of(recipe, model, task)
+    calibration = Calibration(model, inputs, divergence, scales, recipe.seed, about, importance)
+    return calibration, words
 
 
-def _divergence_of(task: Task) -> Callable[[Outputs, Outputs], Tensor]:
-    name = f"task '{type(task).__name__}': its distillation"
-
+def _divergence_of(task: Task) -> Divergence:
     def divergence(outputs: Outputs, references: Outputs) -> Tensor:
-        with user_code(name):
-            return task.distillation(outputs[0], references[0], _TEMPERATURE)
+        return distillation_of(task, outputs[0], references[0], _TEMPERATURE)
 
     return divergence
 
 
-def _relative_error(outputs: Outputs, references: Outputs) -> Tensor:
+def _relative_error_of(scales: Sequence[float]) -> Divergence:
     """Squared, of all outputs, relative to their variance."""
-    terms = [
-        (ours - theirs).square().mean() / theirs.var(correction=0).clamp(min=1e-12)
-        for ours, theirs in zip(outputs, references, strict=True)
-        if theirs.is_floating_point()
-    ]
-    return torch.stack(terms).sum()
+
+    def relative_error(outputs: Outputs, references: Outputs) -> Tensor:
+        terms = [
+            ((ours - theirs) / scale).square().mean()
+            for ours, theirs, scale in zip(outputs, references, scales, strict=True)
+            if theirs.is_floating_point()
+        ]
+        return torch.stack(terms).sum()
+
+    return relative_error

@@ -1,14 +1,17 @@
 """How much worse a model gets when one layer becomes a palette.
 
 The divergence from the float model's outputs is at its minimum, so a small change ``d`` of a
-weight increases it by ``d H d / 2``, with the curvature ``H = E[g g]`` of gradients ``g`` of the
-outputs in random directions. ``d`` is exact: the layer is clustered. Two estimates of ``H`` are
-taken and the larger one counts: with the sampled gradients as they are, which knows how errors of
-weights add up, but from few samples; and with their mean squares alone, the diagonal.
+weight increases it by ``d H d / 2``. The curvature is ``H = J h J``, with the derivatives ``J`` of
+the outputs by the weight and the curvature ``h`` of the divergence by the outputs, which is that
+of a few directions: ``H = E[g g]`` for ``g = J w`` and random ``w`` with ``E[w w] = h``. ``d`` is
+exact: the layer is clustered. Two estimates of ``H`` are taken and the larger one counts: with the
+sampled gradients as they are, which knows how errors of weights add up, but from few samples; and
+with their mean squares alone, the diagonal.
 
 Sources: Kim et al., "SqueezeLLM", arXiv 2306.07629, section 4.1, and Hassibi and Stork, "Second
 Order Derivatives for Network Pruning: Optimal Brain Surgeon", NIPS 1992, for the estimate; there
-``g`` are gradients of the loss, which vanish where a model is its own teacher.
+``g`` are gradients of the loss, which vanish where a model is its own teacher. For ``J h J``:
+Martens, "New Insights and Perspectives on the Natural Gradient Method", arXiv 1412.1193, section 8.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from dkm_export.clustering import nearest, quick_centroids
+from dkm_export.errors import InvalidInput
 from dkm_export.parametrization import rounded, vectors_of
 from dkm_export.planning.candidates import Candidate, Setting
+from dkm_export.task import user_code
 
 Progress = Callable[[str, int, int], None]
 
@@ -38,7 +43,7 @@ _MOST_BYTES = 1 << 29
 """Of the gradients that are kept, two bytes for each weight and sample."""
 
 _STEP = 0.1
-"""How far outputs are pushed for a gradient, relative to their standard deviation."""
+"""How far outputs are pushed to find ``h``, relative to their standard deviation."""
 
 _CHUNK = 1 << 20
 """Weights whose gradients are widened at once."""
@@ -52,20 +57,24 @@ class Calibration:
         model: in float, in eval mode.
         inputs: batches of the model's inputs.
         divergence: of the outputs.
+        scales: of each output, see `scales_of`.
         seed: of random directions and centroids.
+        about: what else decides the outputs and the divergence, as text.
         importance: how much each weight counts for its centroids, when the recipe says so.
     """
 
     model: nn.Module
     inputs: Sequence[tuple[Tensor, ...]]
     divergence: Divergence
+    scales: Sequence[float]
     seed: int
+    about: str = ""
     importance: Mapping[str, Tensor] | None = None
 
-    def outputs(self, inputs: tuple[Tensor, ...]) -> Outputs:
-        """Of the model, always as a tuple."""
-        result = self.model(*inputs)
-        return (result,) if isinstance(result, Tensor) else tuple(result)
+    def outputs(self) -> list[Outputs]:
+        """Of the model, for all inputs."""
+        with torch.no_grad():
+            return [outputs_of(self.model, inputs) for inputs in self.inputs]
 
     def palettized(
         self, layer: Candidate, settings: Sequence[Setting]
@@ -84,18 +93,47 @@ class Calibration:
                 found = torch.stack([one[which] for one, which in zip(lut, indices, strict=True)])
                 yield Setting(count, dim, groups), layout.from_vectors(found)
 
-    def measure(self, weights: Mapping[str, Tensor]) -> float:
-        """The divergence with other weights in some layers, over all inputs."""
+    def measure(self, weights: Mapping[str, Tensor], references: Sequence[Outputs]) -> float:
+        """The divergence from ``references`` with other weights in some layers, over all inputs."""
         total = 0.0
-        with torch.no_grad():
-            references = [self.outputs(inputs) for inputs in self.inputs]
-            with _replaced(self.model, weights):
-                found = [self.outputs(inputs) for inputs in self.inputs]
+        with _replaced(self.model, weights):
+            found = self.outputs()
         for ours, theirs in zip(found, references, strict=True):
             # as a task's own losses expect it: something that can be differentiated
             leaves = tuple(x.requires_grad_(x.is_floating_point()) for x in ours)
             total += self.divergence(leaves, theirs).item()
         return total / len(self.inputs)
+
+
+def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Outputs:
+    """Of a model, always as a tuple.
+
+    Raises:
+        InvalidInput: when the model fails.
+    """
+    with user_code("the model on the inputs that sensitivities are measured on"):
+        result = model(*inputs)
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def scales_of(model: nn.Module, inputs: Sequence[tuple[Tensor, ...]]) -> list[float]:
+    """The standard deviation of each output over all inputs; 1 where it never changes.
+
+    Raises:
+        InvalidInput: when the model fails, or no output is a floating-point number.
+    """
+    sums = []
+    with torch.no_grad():
+        for batch in inputs:
+            outputs = [output.double() for output in outputs_of(model, batch)]
+            sums.append([(x.numel(), x.sum().item(), x.square().sum().item()) for x in outputs])
+        if not any(output.is_floating_point() for output in outputs_of(model, inputs[0])):
+            raise InvalidInput("no output of the model is a floating-point number to be compared")
+    scales = []
+    for output in zip(*sums, strict=True):
+        count, total, squares = (sum(column) for column in zip(*output, strict=True))
+        scales.append(max(0.0, squares / count - (total / count) ** 2) ** 0.5 or 1.0)
+    return scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +178,10 @@ def predicted_errors(
     Several layers are clustered at a time, one on each core.
     """
     layers = [layer for layer, settings in wanted if settings]
-    gradients = sample_gradients(calibration, layers, progress)
+    # as many whatever is wanted, so that errors do not depend on what a file has already
+    size = sum(layer.size for layer, _ in wanted)
+    samples = max(4, min(_MOST_SAMPLES, _MOST_BYTES // (2 * size)))
+    gradients = sample_gradients(calibration, layers, samples, progress)
 
     def predict(pair: tuple[Candidate, Sequence[Setting]]) -> dict[tuple[str, Setting], float]:
         layer, settings = pair
@@ -154,10 +195,15 @@ def predicted_errors(
     jobs = [(layer, family) for layer, settings in wanted for family in _split(settings)]
     jobs.sort(key=lambda job: -sum(job[0].layout(x).vectors << x.bits for x in job[1]))
     errors: dict[tuple[str, Setting], float] = {}
-    with ThreadPoolExecutor(os.cpu_count(), initializer=_one_thread) as pool:
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+    try:
         for done, (job, found) in enumerate(zip(jobs, pool.map(predict, jobs), strict=True), 1):
             errors |= found
             progress(f"clustering {job[0].name}", done, len(jobs))
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C
+        torch.set_num_threads(threads)  # of threads to come, which would have one
     return errors
 
 
@@ -167,48 +213,84 @@ def measured_errors(
     progress: Progress,
 ) -> dict[tuple[str, Setting], float]:
     """The increase with that layer alone palettized, by layer and setting."""
-    total, base = sum(len(settings) for _, settings in wanted), calibration.measure({})
+    references = calibration.outputs()
+    total, base = sum(len(x) for _, x in wanted), calibration.measure({}, references)
     errors: dict[tuple[str, Setting], float] = {}
     for layer, settings in wanted:
         for setting, weight in calibration.palettized(layer, settings):
-            changed = calibration.measure({layer.name: weight})
-            errors[layer.name, setting] = max(0.0, changed - base)
+            changed = calibration.measure({layer.name: weight}, references)
+            errors[layer.name, setting] = max(changed - base, 0.0)  # in this order NaN stays
             progress(f"measuring {layer.name} at {setting}", len(errors), total)
     return errors
 
 
 def sample_gradients(
-    calibration: Calibration, layers: Sequence[Candidate], progress: Progress
+    calibration: Calibration, layers: Sequence[Candidate], count: int, progress: Progress
 ) -> dict[str, Gradients]:
-    """Gradients of the divergence from outputs that are pushed in random directions, by layer."""
+    """Gradients of the outputs in ``count`` random directions, by layer.
+
+    Raises:
+        InvalidInput: when the model or the divergence cannot be differentiated.
+    """
     parameters = [calibration.model.get_parameter(layer.name) for layer in layers]
-    size = sum(parameter.numel() for parameter in parameters)
-    count = max(4, min(_MOST_SAMPLES, _MOST_BYTES // max(1, 2 * size)))
     kept = [Gradients.of(count, parameter.numel()) for parameter in parameters]
     generator = torch.Generator().manual_seed(calibration.seed)
-    frozen = [p for p in calibration.model.parameters() if not p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    for sample in range(count):
-        inputs = calibration.inputs[sample % len(calibration.inputs)]
-        outputs = calibration.outputs(inputs)
-        pushed, length = [], 0.0
-        for output in outputs:
-            step = _STEP * output.detach().float().std(correction=0).clamp(min=1e-12)
-            noise = torch.randn(output.shape, generator=generator).to(output.device)
-            pushed.append(output.detach() + step * noise if output.is_floating_point() else output)
-            length = max(length, float(step))
-        loss = calibration.divergence(outputs, tuple(pushed)) / length
-        # a mean over independent examples: its square is that of one, divided by their number
-        loss = loss * len(inputs[0]) ** 0.5
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for gradients, gradient in zip(kept, found, strict=True):
-            if gradient is not None:
-                gradients.keep(sample, gradient.flatten())
-        progress("gradients", sample + 1, count)
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    asked = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for sample in range(count):
+            inputs = calibration.inputs[sample % len(calibration.inputs)]
+            outputs = outputs_of(calibration.model, inputs)
+            directions = _directions(calibration, outputs, generator)
+            found = torch.autograd.grad(
+                [output for output, _ in directions],
+                parameters,
+                [direction for _, direction in directions],
+                allow_unused=True,
+            )
+            for gradients, gradient in zip(kept, found, strict=True):
+                if gradient is not None:
+                    gradients.keep(sample, gradient.flatten())
+            progress("gradients", sample + 1, count)
+    finally:
+        for parameter, before in zip(parameters, asked, strict=True):
+            parameter.requires_grad_(before)
     return {layer.name: gradients for layer, gradients in zip(layers, kept, strict=True)}
+
+
+def _directions(
+    calibration: Calibration, outputs: Outputs, generator: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """Outputs that count, with a ``w`` for each of their examples, so that ``E[w w]`` is ``h``.
+
+    A small push ``z`` of the outputs changes the gradient of the divergence by ``h z``. Of that
+    direction, ``w`` has the length whose square is ``z h z``: its mean is the trace of ``h``.
+    """
+    noise, pushed = [], []
+    for output, scale in zip(outputs, calibration.scales, strict=True):
+        noise.append(torch.randn(output.shape, generator=generator))
+        moved = output.detach() + _STEP * scale * noise[-1]
+        pushed.append(moved if output.is_floating_point() else output)
+    leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in outputs)
+    divergence = calibration.divergence(leaves, tuple(pushed))
+    wanted = [index for index, leaf in enumerate(leaves) if leaf.requires_grad]
+    slopes = torch.autograd.grad(divergence, [leaves[x] for x in wanted], allow_unused=True)
+    found = []
+    for index, slope in zip(wanted, slopes, strict=True):
+        if slope is None:
+            continue
+        if not outputs[index].requires_grad:
+            raise InvalidInput(
+                "the model's outputs cannot be differentiated by its weights: use --measure"
+            )
+        # in double: where a model is sure, slopes are tiny, and their squares no float32
+        change = -slope.double().flatten(1) / (_STEP * calibration.scales[index])
+        square = (change * noise[index].flatten(1)).sum(1, keepdim=True).clamp(min=0)
+        length = change.norm(dim=1, keepdim=True).clamp(min=1e-150)
+        direction = (change * square.sqrt() / length).reshape(outputs[index].shape)
+        found.append((outputs[index], direction.to(outputs[index].dtype)))
+    return found
 
 
 def _families(settings: Sequence[Setting]) -> dict[tuple[int, int], list[int]]:
@@ -229,15 +311,12 @@ def _split(settings: Sequence[Setting]) -> list[list[Setting]]:
 
 @contextmanager
 def _replaced(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    kept = {name: model.get_parameter(name).detach().clone() for name in weights}
+    parameters = {name: model.get_parameter(name) for name in weights}
+    kept = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, weight in weights.items():
-            model.get_parameter(name).copy_(weight)
+            parameters[name].data = weight.to(kept[name].dtype)
         yield
     finally:
         for name, weight in kept.items():
-            model.get_parameter(name).copy_(weight)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+            parameters[name].data = weight

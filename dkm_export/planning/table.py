@@ -19,11 +19,14 @@ from dkm_export.planning.sensitivity import (
     measured_errors,
     predicted_errors,
 )
-from dkm_export.spec import Frozen
+from dkm_export.spec import Frozen, Lut
 from dkm_export.validation import explain
 
 Method = Literal["gradients", "measured"]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_WORDS = {"gradients": "predicted from gradients", "measured": "measured"}
+
+_LARGEST = 1e30
+NotNegative = Annotated[float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
 
 
 class LayerErrors(Frozen):
@@ -31,10 +34,14 @@ class LayerErrors(Frozen):
 
     Attributes:
         importance: multiplies all its errors; 1 until somebody knows better.
+        axis: of the recipe's rule, along which its vectors lie.
+        lut: of the recipe's rule.
         errors: by setting, as ``4/2``: the increase of the divergence from the float model.
     """
 
     importance: NotNegative = 1.0
+    axis: int
+    lut: Lut
     errors: dict[str, NotNegative]
 
 
@@ -65,58 +72,84 @@ def sensitivities(
     layers: Sequence[Candidate],
     method: Method,
     file: Path | None,
+    known: Sensitivities | None,
     progress: Progress,
 ) -> Sensitivities:
-    """The errors of all candidates: from the file as far as it has them, else found and kept there.
+    """The errors of all candidates: what is known of them, and the rest found and kept in ``file``.
+
+    Args:
+        calibration: what they are measured on.
+        layers: the candidates.
+        method: how errors are found.
+        file: where to keep them.
+        known: what `read_sensitivities` read from there.
+        progress: told after every step.
 
     Raises:
-        InvalidInput: when the file is malformed, or of another model, calibration or method.
+        InvalidInput: when what is known is of another model or calibration, or errors are not
+            finite.
     """
     mark = _fingerprint(calibration)
-    known = _read(file, method, mark) if file else {}
-    wanted = [
-        (layer, [x for x in layer.settings if x and str(x) not in _errors(known, layer)])
-        for layer in layers
-    ]
+    if known and known.fingerprint != mark:
+        raise InvalidInput(
+            f"{file}: its sensitivities are of other weights or inputs: name another file, or "
+            "remove this one"
+        )
+    entries = dict(known.layers) if known else {}
+    wanted = []
+    for layer in layers:
+        new = LayerErrors(axis=layer.rule.axis, lut=layer.rule.lut, errors={})
+        entry = entries.setdefault(layer.name, new)
+        if (entry.axis, entry.lut) != (new.axis, new.lut):
+            raise InvalidInput(
+                f"{file}: its errors of {layer.name} are of axis {entry.axis} and lut "
+                f"{entry.lut}, not {new.axis} and {new.lut}: remove that layer there"
+            )
+        wanted.append((layer, [x for x in layer.settings if x and str(x) not in entry.errors]))
     if any(settings for _, settings in wanted):
         find = predicted_errors if method == "gradients" else measured_errors
         for (name, setting), error in sorted(find(calibration, wanted, progress).items()):
-            entry = known.get(name, LayerErrors(errors={}))
-            errors = {**entry.errors, str(setting): error}
-            known[name] = entry.model_copy(update={"errors": errors})
-    found = Sensitivities(method=method, fingerprint=mark, layers=known)
-    if file:
-        with staged(file, force=True) as new:
-            new.write_text(found.model_dump_json(indent=2) + "\n")
+            if not 0 <= error <= _LARGEST:
+                raise InvalidInput(
+                    f"{name}: its error at {setting} is {error}: the model's outputs, the task's "
+                    "distillation or their gradients are not finite"
+                )
+            errors = {**entries[name].errors, str(setting): error}
+            entries[name] = entries[name].model_copy(update={"errors": errors})
+    found = Sensitivities(method=method, fingerprint=mark, layers=entries)
+    if file and found != known:
+        with staged(file, force=True) as path:
+            path.write_text(found.model_dump_json(indent=2) + "\n")
     return found
 
 
-def _errors(known: dict[str, LayerErrors], layer: Candidate) -> dict[str, float]:
-    return known[layer.name].errors if layer.name in known else {}
+def read_sensitivities(file: Path, method: Method) -> Sensitivities | None:
+    """What the file has; None when there is none yet.
 
-
-def _read(file: Path, method: Method, mark: str) -> dict[str, LayerErrors]:
+    Raises:
+        InvalidInput: when the file is malformed, or its errors were found by another method.
+    """
     try:
         content = file.read_bytes()
     except FileNotFoundError:
-        return {}
+        return None
     except OSError as error:
         raise InvalidInput(f"{file}: {error.strerror}") from error
     try:
         found = Sensitivities.model_validate_json(content)
     except ValidationError as error:
         raise InvalidInput(f"{file}: {explain(error, Sensitivities)}") from error
-    if (found.method, found.fingerprint) != (method, mark):
-        what = "found in another way" if found.method != method else "of other weights or inputs"
+    if found.method != method:
         raise InvalidInput(
-            f"{file}: its sensitivities are {what}: name another file, or remove this one"
+            f"{file}: its errors are {_WORDS[found.method]}, not {_WORDS[method]}: name another "
+            "file, or remove this one"
         )
-    return dict(found.layers)
+    return found
 
 
 def _fingerprint(calibration: Calibration) -> str:
     """Of all that the errors depend on."""
-    digest = hashlib.sha256(str(calibration.seed).encode())
+    digest = hashlib.sha256(f"{calibration.seed} {calibration.about}".encode())
     tensors = [*calibration.model.state_dict().values(), *(calibration.importance or {}).values()]
     for tensor in (*tensors, *(tensor for batch in calibration.inputs for tensor in batch)):
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

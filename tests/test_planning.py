@@ -1,0 +1,639 @@
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dkm_export.cli.main import main
+from dkm_export.clustering.kmeans import (
+    assign,
+    inertia,
+    initial_centroids,
+    nearest,
+    quick_centroids,
+)
+from dkm_export.clustering.optimal import optimal_centroids, optimal_tables
+from dkm_export.planning.candidates import DEFAULT_SETTINGS, Setting, candidates
+from dkm_export.planning.planner import Budget, Question, make_plan
+from dkm_export.planning.sensitivity import (
+    Calibration,
+    measured_errors,
+    predicted_errors,
+    scales_of,
+)
+from dkm_export.spec import CompressionSpec, LayerRule
+from dkm_export.training.recipe import find_recipe, load_recipe
+from dkm_models.digits import Digits
+from tests.zoo import HalfLine, Tied, lively
+
+ROW = "[{name='x', shape=[1, 48]}]"
+IMAGE = "[{name='image', shape=[1, 3, 16, 16]}]"
+TOKENS = "[{name='tokens', shape=[1, 12], dtype='int32', high=96}]"
+
+
+class Brackets(nn.Module):
+    """Layers whose names are patterns; two outputs of different size, and one of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"[ab]*": nn.Linear(48, 96), "?": nn.Linear(96, 48)})
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = torch.tanh(self.parts["[ab]*"](x))
+        z = self.parts["?"](y)
+        return 1000 * z, y, z.argmax(1, keepdim=True)
+
+
+class Number(nn.Module):
+    """One number per example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(48, 96), nn.Linear(96, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.tanh(self.layer(x)))
+        return y
+
+
+class Half(nn.Module):
+    """A bfloat16 layer between others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.low = nn.Linear(48, 64), HalfLine(64, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.low(torch.tanh(self.layer(x)))
+        return y
+
+
+class Integers(nn.Module):
+    """No output that could be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(48, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y.argmax(1, keepdim=True)
+
+
+class Cut(nn.Module):
+    """An output that no weight gets a gradient from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(48, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y.detach()
+
+
+class Odd(Digits):
+    """Digits whose distillation fails as asked."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def distillation(self, output: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        if self.how == "raises":
+            raise ValueError("no logits")
+        return output.sum() * torch.nan if self.how == "nan" else output.detach().sum()
+
+
+def brackets() -> nn.Module:
+    return lively(Brackets())
+
+
+def number() -> nn.Module:
+    return lively(Number())
+
+
+def half() -> nn.Module:
+    return lively(Half())
+
+
+def ignore(status: str, done: int, total: int) -> None:
+    assert 0 < done <= total
+    assert status
+
+
+def recipe_text(factory: str, inputs: str, more: str = "", rule: str = "{bits=4}") -> str:
+    outputs = "['a', 'b', 'c']" if factory.endswith("brackets") else "['y']"
+    return f"""
+    [model]
+    name = "small"
+    factory = "{factory}"
+    inputs = {inputs}
+    outputs = {outputs}
+    {more}
+    [dkm]
+    epochs = 0
+    [compression]
+    small_layer_size = 0
+    rules = [{rule}]
+    """
+
+
+def recipe_file(folder: Path, factory: str, inputs: str, more: str = "", **rest: str) -> Path:
+    file = folder / "recipe.toml"
+    file.write_text(recipe_text(factory, inputs, more, **rest))
+    return file
+
+
+Dkm = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def dkm(capfd: pytest.CaptureFixture[str]) -> Dkm:
+    """Run ``dkm ... --json``; returns the exit code and the object."""
+
+    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
+        capfd.readouterr()
+        code = main([*map(str, arguments), "--json"])
+        return code, json.loads(capfd.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def row(tmp_path: Path) -> Path:
+    return recipe_file(tmp_path, "tests.test_planning:number", ROW)
+
+
+@pytest.mark.parametrize(
+    ("factory", "inputs", "more"),
+    [
+        ("tests.zoo:convolutions", IMAGE, "batch_norm = 'fold-before-training'"),
+        ("tests.zoo:tokens", TOKENS, ""),
+        ("tests.zoo:tied", TOKENS, ""),
+        ("tests.zoo:unused", ROW, ""),
+        ("tests.zoo:arithmetic", ROW, ""),  # one layer
+        ("tests.test_planning:brackets", ROW, ""),
+        ("tests.test_planning:number", ROW, ""),
+        ("tests.test_planning:half", ROW, ""),
+    ],
+)
+def test_the_recipe_that_is_written_is_what_was_planned(
+    dkm: Dkm, tmp_path: Path, factory: str, inputs: str, more: str
+) -> None:
+    rule = "{bits=4, lut='int8', freeze=true}"
+    file = recipe_file(tmp_path, factory, inputs, more, rule=rule)
+    sets = ["--seed", 7, "--set", "dkm.tau=0.3", "--set", "compression.small_layer_bits=5"]
+    output = tmp_path / "planned.toml"
+    code, found = dkm("plan", file, "--bits-per-weight", 3, "-o", output, *sets)
+    assert code == 0
+    plan = found["plan"]
+    original = load_recipe(file, ["seed=7", "dkm.tau=0.3"])
+    planned = load_recipe(output)
+    assert planned == original.model_copy(update={"compression": planned.compression})
+    assert planned.compression.small_layer_bits == 5
+    by_name = {layer["name"]: layer for layer in plan["layers"]}
+    code, dry = dkm("compress", output, "--dry-run")
+    assert code == 0
+    for layer in dry["layers"]:
+        if layer["name"] in by_name:
+            expected = by_name[layer["name"]]
+            kept = {key: expected[key] for key in ("bits", "dim")}
+            assert {key: layer[key] for key in kept} == kept
+            assert layer["bytes"] == expected["bytes"]
+    assert all(
+        rule.skip or (rule.lut, rule.freeze) == ("int8", True) for rule in planned.compression.rules
+    )
+    # the bytes of the mock-up are those of the checkpoint
+    assert dkm("compress", output, "-o", tmp_path / "run")[0] == 0
+    real = (tmp_path / "run/model.dkm.safetensors").stat().st_size
+    assert plan["bytes"] == {"checkpoint": real}
+    used = [layer["error"] for layer in plan["layers"] if layer["bits"]]
+    if factory != "tests.zoo:unused":
+        assert all(error > 0 for error in used)
+    # the same again
+    _, again = dkm("plan", file, "--bits-per-weight", 3, *sets)
+    assert again["plan"] == plan
+
+
+def test_predictions_follow_measurements() -> None:
+    recipe = load_recipe(find_recipe("digits"), ["train.epochs=2"])
+    settings = tuple(Setting.parse(text) for text in ("2/1", "3/1", "4/1", "4/2", "6/4", "2/1/8"))
+    plans = {}
+    for method in ("gradients", "measured"):
+        question = Question(settings=settings, method=method, examples=64)
+        plans[method], _ = make_plan(recipe, Budget(bits_per_weight=3), question, ignore)
+    uniform = [
+        {point.name: point.error for point in plans[method].uniform}
+        for method in ("gradients", "measured")
+    ]
+    assert uniform[0].keys() == uniform[1].keys() >= {"2/1", "3/1", "4/1", "4/2", "6/4"}
+    for name, predicted in uniform[0].items():
+        assert 1 / 3 < predicted / uniform[1][name] < 3
+
+
+def calibration_of(model: nn.Module, inputs: list[tuple[Tensor, ...]]) -> Calibration:
+    def divergence(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Tensor:
+        return (ours[0] - theirs[0]).square().mean()
+
+    return Calibration(model, inputs, divergence, scales_of(model, inputs), 0)
+
+
+def test_predictions_of_a_linear_model_are_its_errors() -> None:
+    """Of mean squared outputs the second order is all there is."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(48, 256, bias=False).eval()
+    inputs: list[tuple[Tensor, ...]] = [
+        (torch.randn(64, 48, generator=generator),) for _ in range(8)
+    ]
+    calibration = calibration_of(model, inputs)
+    spec = CompressionSpec(rules=(LayerRule(bits=4),), small_layer_size=0)
+    layers = candidates(model, spec, DEFAULT_SETTINGS, (), ())
+    wanted = [(layer, [x for x in layer.settings if x]) for layer in layers]
+    predicted = predicted_errors(calibration, wanted, ignore)
+    measured = measured_errors(calibration, wanted, ignore)
+    assert len(predicted) > 15
+    for key, error in measured.items():
+        assert 0.75 < predicted[key] / error < 1.5
+    mean = np.mean([predicted[key] / error for key, error in measured.items()])
+    assert 0.9 < mean < 1.25
+
+
+def test_the_model_is_left_as_it_is() -> None:
+    model = Tied()
+    lively(model)
+    model.hidden.weight.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    threads = torch.get_num_threads()
+    inputs: list[tuple[Tensor, ...]] = [(torch.arange(12)[None],), (torch.arange(12, 24)[None],)]
+    calibration = calibration_of(model, inputs)
+    spec = CompressionSpec(rules=(LayerRule(bits=4),), small_layer_size=0)
+    layers = candidates(model, spec, (Setting(4, 1), Setting(3, 2)), (), ())
+    wanted = [(layer, [x for x in layer.settings if x]) for layer in layers]
+    for find in (predicted_errors, measured_errors):
+        assert len(find(calibration, wanted, ignore)) == 4
+
+        def interrupt(status: str, done: int, total: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            find(calibration, wanted, interrupt)
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags
+        assert all(parameter.grad is None for parameter in model.parameters())
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name])
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("dim", [1, 2, 4, 8])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_quick_centroids_are_almost_as_good(dim: int, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    vectors = torch.randn(2, 20_000, dim, generator=generator)
+    counts = torch.rand(2, 20_000, generator=generator) if weighted else None
+    ks = (4, 16, 64)
+    found = quick_centroids(vectors, ks, 0, counts)
+    for k, quick in zip(ks, found, strict=True):
+        best = initial_centroids(vectors, k, 0, counts)
+        indices = [nearest(vectors, centroids) for centroids in (quick, best)]
+        errors = [
+            (vectors - torch.stack([c[i] for c, i in zip(centroids, which, strict=True)]))
+            .square()
+            .sum(-1)
+            .mul(1 if counts is None else counts)
+            .sum()
+            for centroids, which in zip((quick, best), indices, strict=True)
+        ]
+        assert errors[0] <= 1.06 * errors[1]
+    # whatever else is asked for
+    if dim > 1:
+        assert torch.equal(quick_centroids(vectors, (16,), 0, counts)[0], found[1])
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nearest_agrees_with_assign(dim: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    vectors = (torch.randn(3, 5000, dim, generator=generator) + 2).to(dtype)
+    centroids = torch.randn(3, 32, dim, generator=generator).half().float() + 2
+    centroids[:, 7] = centroids[:, 20]  # a tie
+    one, other = nearest(vectors, centroids), assign(vectors.float(), centroids)
+    groups = torch.arange(3)[:, None]
+    distances = [
+        (vectors.double() - centroids[groups, which].double()).square().sum(-1)
+        for which in (one, other)
+    ]
+    assert torch.allclose(distances[0], distances[1], rtol=1e-5, atol=1e-6)
+    differing = one != other
+    assert differing.float().mean() < 0.2
+    assert torch.equal(centroids[groups, one][~differing], centroids[groups, other][~differing])
+    total = inertia(vectors, centroids)
+    assert torch.allclose(total, distances[1].sum(1), rtol=1e-4)
+
+
+def test_tables_are_the_optimal_centroids() -> None:
+    generator = torch.Generator().manual_seed(1)
+    values, weights = torch.randn(3000, generator=generator), torch.rand(3000, generator=generator)
+    ks = (1, 2, 5, 16, 256, 5000)
+    for counts in (None, weights):
+        for k, found in zip(ks, optimal_tables(values, ks, counts), strict=True):
+            assert torch.equal(found, optimal_centroids(values, k, counts))
+
+
+def test_a_plan_is_no_worse_than_anything_uniform(tmp_path: Path) -> None:
+    least = None
+    recipe = load_recipe(recipe_file(tmp_path, "tests.zoo:convolutions", IMAGE))
+    question = Question(file=tmp_path / "sensitivities.json")
+    for rate in (1.5, 2, 3, 4.5, 8, 33):
+        plan, _ = make_plan(recipe, Budget(bits_per_weight=rate), question, ignore)
+        size = plan.point.bytes
+        assert size <= rate * sum(np.prod(layer.shape) for layer in plan.layers) / 8
+        assert plan.error == pytest.approx(sum(layer.error for layer in plan.layers))
+        assert plan.bound <= plan.error * (1 + 1e-9)
+        smaller = [point for point in (*plan.uniform, *plan.front) if point.bytes <= size]
+        assert len(smaller) > 3
+        assert all(plan.error <= point.error * (1 + 1e-9) for point in smaller)
+        assert least is None or plan.error < least
+        least = plan.error
+
+
+def test_pins_exclusions_and_groups(dkm: Dkm, tmp_path: Path) -> None:
+    file = recipe_file(tmp_path, "tests.zoo:convolutions", IMAGE)
+    code, found = dkm(
+        *("plan", file, "--bits-per-weight", 12, "--pin", "up.*=3/1/4", "--pin", "stem*=dense"),
+        *("--pin", "line.*=8/1", "--pin", "line.*=5/2", "--exclude", "head.*"),
+    )
+    assert code == 0
+    layers = {layer["name"]: layer for layer in found["plan"]["layers"]}
+    assert [layers["up.weight"][key] for key in ("bits", "dim", "groups")] == [3, 1, 4]
+    assert [layers["line.weight"][key] for key in ("bits", "dim", "groups")] == [5, 2, 1]
+    assert layers["stem.0.weight"]["bits"] is layers["head.weight"]["bits"] is None
+    for arguments, code, message in (
+        (["--pin", "nothing=4/1"], 2, "pattern 'nothing' matches no layer .* stem.0.weight"),
+        (["--pin", "head.*=8/8"], 2, "head.weight at 8/8: a palette would be no smaller than fl"),
+        (["--pin", "head.*=4/1/5"], 2, "head.weight at 4/1/5: groups 5 does not divide axis 0"),
+        (["--pin", "head.*=9/1"], 2, "'9/1' is no setting: write bits/dim"),
+        (["--pin", "4/1"], 2, "is no pin: write PATTERN=SETTING"),
+        (["--pin", "line.*=4/5", "--target", "coreml"], 4, "line.weight at 4/5: coreml: dim 5 "),
+        (["--settings", "4/5", "--exclude", "[!u]*", "--target", "coreml"], 4, "up.weight canno"),
+        (["--settings", "8/64"], 2, "up.weight cannot have any of its settings .8/64: a palette"),
+        (
+            ["--exclude", "*", "--bits-per-weight", 32],
+            2,
+            "no layer gets a palette: allow fewer bytes, or exclude less",
+        ),
+        (["--settings", "dense"], 2, "'dense' is no setting"),
+        (["--set", "coreml.lut=int8"], 2, "option for 'coreml', which is no chosen target: none"),
+        (
+            ["--target", "coreml", "--set", "coreml.lut=int8", "--pin", "up.*=4/1"],
+            4,
+            "up.weight at 4/1: coreml: its LUT is not int8 times a power of two",
+        ),
+    ):
+        budget = [] if "--budget" in arguments else ["--bits-per-weight", 4]
+        result, found = dkm("plan", file, *budget, *arguments)
+        assert result == code, found["error"]
+        assert re.search(message, found["error"]["message"])
+
+
+def test_budgets(dkm: Dkm, tmp_path: Path) -> None:
+    file = recipe_file(tmp_path, "tests.zoo:tokens", TOKENS)
+    kept = ["--sensitivities", tmp_path / "kept.json"]
+    sizes = {}
+    for text, limit in (("9kB", 9000), ("8.2kB", 8200), ("0.008MiB", 8388), ("1GB", 10**9)):
+        code, found = dkm("plan", file, "--budget", text, *kept)
+        assert code == 0
+        assert found["plan"]["limit"] == limit
+        sizes[limit] = found["plan"]["bytes"]["checkpoint"]
+    for limit in (9000, 8200, 8388):
+        assert 0.98 * limit < sizes[limit] <= limit, sizes
+    assert sizes[10**9] > 12_000
+    code, found = dkm("plan", file, "--budget", "1kB", *kept)
+    assert code == 2
+    least = re.search("smallest settings it is ([0-9,]+)", found["error"]["message"])
+    assert least
+    number = int(least[1].replace(",", ""))
+    assert dkm("plan", file, "--budget", number, *kept)[0] == 0
+    assert dkm("plan", file, "--budget", number - 1, *kept)[0] == 2
+    code, found = dkm("plan", file, "--bits-per-weight", 0.1, *kept)
+    least = re.search(r"smallest settings take ([0-9.]+)", found["error"]["message"])
+    assert least
+    assert dkm("plan", file, "--bits-per-weight", least[1], *kept)[0] == 0
+    small = recipe_file(tmp_path, "tests.zoo:arithmetic", ROW)  # which could stay dense as a whole
+    code, found = dkm("plan", small, "--budget", "1GB")
+    assert (code, "no layer gets a palette" in found["error"]["message"]) == (2, True)
+    for option, value, message in (
+        ("--budget", "0", "the budget has to be more than 0"),
+        ("--budget", "0.1B", "the budget has to be more than 0"),
+        ("--budget", "9" * 400, "is more than a file can have"),
+        ("--budget", "nan", "is no size"),
+        ("--budget", "3.3 mb", "is no size"),
+        ("--bits-per-weight", "0", "the budget has to be more than 0"),
+        ("--bits-per-weight", "nan", "is no number of at least 0"),
+        ("--bits-per-weight", "9" * 400, "is no number of at least 0"),
+        ("--max-drop", "inf", "is no number of at least 0"),
+        ("--max-drop", "1", "a budget of the metric needs a recipe with a task"),
+    ):
+        code, found = dkm("plan", file, option, value)
+        assert code == 2
+        assert message in found["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Integers", [], "no output of the model is a floating-point number"),
+        ("Cut", [], "cannot be differentiated by its weights: use --measure"),
+        ("Cut", ["--measure"], None),
+    ],
+)
+def test_outputs_that_cannot_be_compared(
+    dkm: Dkm, tmp_path: Path, name: str, options: list[str], message: str | None
+) -> None:
+    file = recipe_file(tmp_path, f"tests.test_planning:{name}", ROW)
+    code, found = dkm("plan", file, "--bits-per-weight", 3, *options)
+    assert code == (2 if message else 0)
+    assert message is None or message in found["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "message"),
+    [
+        ("raises", [], "task 'Odd': its distillation failed: ValueError: no logits"),
+        ("raises", ["--measure"], "task 'Odd': its distillation failed: ValueError: no logits"),
+        ("nan", [], ": its error at 1/1 is nan: the model's outputs, the task's distillation or"),
+        ("nan", ["--measure"], ": its error at 1/1 is nan"),
+        ("detached", [], "its distillation is not a scalar tensor that depends on trainable"),
+    ],
+)
+def test_distillations_that_fail(dkm: Dkm, how: str, options: list[str], message: str) -> None:
+    task = f"task={{factory='tests.test_planning:Odd', arguments={{how='{how}'}}}}"
+    sets = ["--set", task, "--set", "train.epochs=0", "--examples", 8, "--settings", "1/1"]
+    code, found = dkm("plan", "digits", "--bits-per-weight", 3, *sets, *options)
+    assert code == 2
+    assert message in found["error"]["message"]
+
+
+def test_the_file_of_sensitivities(dkm: Dkm, row: Path, tmp_path: Path) -> None:
+    file = tmp_path / "kept.json"
+    ask = ["plan", row, "--bits-per-weight", 3, "--sensitivities", file]
+    _, fresh = dkm(*ask[:-2])
+    # errors are the same from a file, in parts and at once, but for the rounding of products
+    assert dkm(*ask, "--settings", "3/2,2/1,3/2", "--exclude", "head.*")[0] == 0
+    assert len(json.loads(file.read_text())["layers"]["layer.weight"]["errors"]) == 2
+    code, found = dkm(*ask)
+    assert (code, found["plan"]["bytes"]) == (0, fresh["plan"]["bytes"])
+    assert found["plan"]["error"] == pytest.approx(fresh["plan"]["error"], rel=1e-5)
+    fresh = found
+    content = file.read_bytes()
+    before = file.stat().st_mtime_ns
+    assert dkm(*ask)[1]["plan"] == fresh["plan"]
+    assert file.stat().st_mtime_ns == before
+
+    def edited(change: Callable[[dict[str, Any]], object]) -> tuple[int, dict[str, Any]]:
+        data = json.loads(content)
+        change(data)
+        file.write_text(json.dumps(data))
+        return dkm(*ask)
+
+    def layer(data: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = data["layers"]["layer.weight"]
+        return found
+
+    code, found = edited(lambda data: layer(data).update(importance=0))
+    assert code == 0
+    planned = {entry["name"]: entry for entry in found["plan"]["layers"]}["layer.weight"]
+    assert (planned["error"], planned["bits"] / planned["dim"]) == (0, 0.75)  # the fewest
+    assert json.loads(file.read_text())["layers"]["layer.weight"]["importance"] == 0
+    # an unknown layer is kept, a missing layer or setting found again
+    stranger = {"axis": 0, "lut": "float16", "errors": {"any": 1}}
+    code, found = edited(
+        lambda data: (
+            data["layers"].update(stranger=stranger),
+            layer(data)["errors"].pop("3/1"),
+            data["layers"].pop("head.weight"),
+        )
+    )
+    assert (code, found["plan"]["bytes"]) == (0, fresh["plan"]["bytes"])
+    kept = json.loads(file.read_text())["layers"]
+    assert kept.pop("stranger")["errors"] == {"any": 1}
+    for name, entry in json.loads(content)["layers"].items():
+        assert kept[name]["errors"] == pytest.approx(entry["errors"], rel=1e-5)
+    changes: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+        (lambda data: layer(data).update(importance=float("nan")), "layer.weight.importance"),
+        (lambda data: layer(data).update(importance=-1), "layer.weight.importance"),
+        (lambda data: layer(data).update(importance=1e300), "layer.weight.importance"),
+        (lambda data: layer(data)["errors"].update({"3/1": "much"}), "errors.3/1"),
+        (lambda data: layer(data).update(axis=1), "are of axis 1 and lut float16, not 0 and"),
+        (lambda data: data.update(extra=1), "'extra'"),
+        (lambda data: data.update(method="measured"), "are measured, not predicted from grad"),
+        (lambda data: data.update(schema_version=2), "schema_version"),
+        (lambda data: data.update(fingerprint="0"), "of other weights or inputs: name another"),
+    ]
+    for change, message in changes:
+        code, found = edited(change)
+        assert code == 2
+        assert found["error"]["message"].startswith(f"{file}: ")
+        assert message in found["error"]["message"]
+    file.write_bytes(content)
+    for other in (["--seed", "1"], ["--set", "model.factory='tests.zoo:arithmetic'"]):
+        code, found = dkm(*ask, *other)
+        assert (code, "of other weights or inputs" in found["error"]["message"]) == (2, True)
+    code, found = dkm(*ask, "--set", "compression.rules=[{bits=4, lut='int8'}]")
+    assert (code, "remove that layer there" in found["error"]["message"]) == (2, True)
+    assert file.read_bytes() == content
+
+
+def test_no_file_is_lost(dkm: Dkm, row: Path, tmp_path: Path) -> None:
+    notes, folder, link = tmp_path / "notes.txt", tmp_path / "folder", tmp_path / "link"
+    notes.write_text("mine")
+    folder.mkdir()
+    link.symlink_to(tmp_path / "nowhere")
+    ask = ["plan", row, "--bits-per-weight", 3]
+    same = tmp_path / "same"
+    for arguments, message in (
+        (["--sensitivities", notes], "Invalid JSON"),
+        (["--sensitivities", folder], "is a folder"),
+        (["--sensitivities", link], "is a link"),
+        (["--sensitivities", row], "holds the input"),
+        (["--sensitivities", same, "-o", same], "holds the input"),
+        (["--sensitivities", notes, "-o", notes, "--force"], "holds the input"),
+        (["-o", row, "--force"], "holds the input"),
+        (["-o", notes], "exists"),
+        (["-o", folder, "--force"], "holds"),
+    ):
+        code, found = dkm(*ask, *arguments)
+        assert code == 2
+        assert message in found["error"]["message"] or arguments[1] == folder
+    weights = tmp_path / "weights.safetensors"
+    weights.write_text("mine")
+    sets = ["--set", f"model.weights='{weights}'", "--force", "-o", weights]
+    assert "holds the input" in dkm(*ask, *sets)[1]["error"]["message"]
+    assert notes.read_text() == weights.read_text() == "mine"
+    assert not same.exists()
+    assert not list(folder.iterdir())
+    assert "[model]" in row.read_text()
+
+
+def test_an_interrupted_plan_leaves_nothing(row: Path, tmp_path: Path) -> None:
+    output, kept = tmp_path / "planned.toml", tmp_path / "kept.json"
+    before = set(tmp_path.iterdir())
+    program = [sys.executable, "-u", "-m", "dkm_export", "plan", str(row), "--bits-per-weight", "3"]
+    with subprocess.Popen(
+        [*program, "-o", str(output), "--sensitivities", str(kept)],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("clustering"):
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) in (0, 130)
+    assert "Traceback" not in rest
+    if process.returncode == 130:
+        assert "interrupted" in rest
+        assert {*tmp_path.iterdir()} - before <= {kept}
+
+
+def test_mistakes_show_before_the_training(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    broken = tmp_path / "kept.json"
+    broken.write_text("{")
+    for arguments in (
+        ["--pin", "nothing=4/1"],
+        ["--sensitivities", str(broken)],
+        ["--settings", "4/5", "--target", "coreml"],
+    ):
+        assert main(["plan", "digits", "--bits-per-weight", "3", *arguments]) in (2, 4)
+        assert "epoch" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_smallest_plan_that_keeps_the_metric(dkm: Dkm, tmp_path: Path) -> None:
+    ask = ["plan", "digits", "--set", "train.epochs=1", "--set", "dkm.epochs=0"]
+    some = ["--settings", "1/1,2/1,4/1,8/1,4/4", "--sensitivities", tmp_path / "kept.json"]
+    output = tmp_path / "planned.toml"
+    code, found = dkm(*ask, *some, "--max-drop", 1.5, "-o", output)
+    assert code == 0
+    points = found["plan"]["front"]
+    assert points[0]["bytes"] < found["plan"]["bytes"]["checkpoint"] < points[-1]["bytes"]
+    code, run = dkm("compress", output, "-o", tmp_path / "run")
+    assert code == 0
+    assert run["metrics"]["fp32"] - run["metrics"]["hard"] <= 1.5
+    code, found = dkm(*ask, "--max-drop", 0, "--settings", "1/1", "--exclude", "hidden.*")
+    assert code == 2
+    assert "no plan keeps the metric within 0 of" in found["error"]["message"]
