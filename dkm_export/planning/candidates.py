@@ -77,8 +77,13 @@ DEFAULT_SETTINGS = (
 )
 """What layers choose from unless told otherwise."""
 
-_FINE_SETTINGS = tuple(
-    Setting(bits, 1, groups) for bits in (2, 3, 4, 6, 8) for groups in (2, 4, 16)
+_FINE_SETTINGS = (
+    *(Setting(bits, 1, groups) for bits in (2, 3, 4, 6, 8) for groups in (2, 4, 16)),
+    *(Setting(bits, 2, groups) for bits in (2, 3, 4, 5, 6) for groups in (2, 4)),
+    *(Setting(bits, 4, groups) for bits in (3, 4, 5, 6) for groups in (2, 4)),
+    Setting(7, 4),
+    Setting(5, 8),
+    Setting(7, 8),
 )
 _FINE_BELOW = 1 << 17
 """What layers of fewer weights choose from too: with few layers, steps have to be small."""
