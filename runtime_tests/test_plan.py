@@ -70,7 +70,9 @@ def exported(dkm: Dkm, planned: Path, targets: tuple[str, ...], folder: Path) ->
     return {artifact["target"]: artifact["bytes"] for artifact in found["manifest"]["artifacts"]}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", ["onnx", *(pytest.param(x, marks=pytest.mark.slow) for x in TARGETS if x != "onnx")]
+)
 def test_a_target_gets_the_bytes_that_were_promised(
     dkm: Dkm, digits: list[object], tmp_path: Path, target: str
 ) -> None:
