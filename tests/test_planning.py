@@ -226,6 +226,7 @@ def test_the_recipe_that_is_written_is_what_was_planned(
     assert again["plan"] == plan
 
 
+@pytest.mark.slow
 def test_predictions_follow_measurements() -> None:
     recipe = load_recipe(find_recipe("digits"), ["train.epochs=2"])
     settings = tuple(Setting.parse(text) for text in ("2/1", "3/1", "4/1", "4/2", "6/4", "2/1/8"))
@@ -296,7 +297,9 @@ def test_the_model_is_left_as_it_is() -> None:
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("dim", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "dim", [1, 2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_quick_centroids_are_almost_as_good(dim: int, weighted: bool) -> None:
     generator = torch.Generator().manual_seed(dim)
@@ -351,6 +354,7 @@ def test_tables_are_the_optimal_centroids() -> None:
             assert torch.equal(found, optimal_centroids(values, k, counts))
 
 
+@pytest.mark.slow
 def test_a_plan_is_no_worse_than_anything_uniform(tmp_path: Path) -> None:
     least = None
     recipe = load_recipe(recipe_file(tmp_path, "tests.zoo:convolutions", IMAGE))
