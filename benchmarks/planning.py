@@ -162,7 +162,7 @@ def accuracy(make: Callable[[Path, int], Recipe], facts: str) -> tuple[str, list
     # one thread each: threads of one small network wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(len(SEEDS), mp_context=context) as pool:
         seeds = list(pool.map(compare, [make] * len(SEEDS), SEEDS))
     lines, problems = [], []
     for rows in zip(*seeds, strict=True):
