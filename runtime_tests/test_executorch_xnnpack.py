@@ -218,9 +218,17 @@ def artifact(
     return tmp_path / original.name
 
 
+# ResNet-50's layers are of the kinds of ResNet-18's, and CPUs without float16 take minutes for it.
+_FAMILIES = [
+    (name, precision)
+    for name in FAMILIES
+    for precision in get_args(Precision)
+    if (name, precision) != ("resnet50", "fp16")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", get_args(Precision))
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "precision"), _FAMILIES)
 def test_families(name: str, precision: Precision, tmp_path: Path) -> None:
     artifact = check(palettized(name, 4), tmp_path, "xnnpack-lut", precision)
     assert b"DKM-LUT" in artifact.read_bytes()
