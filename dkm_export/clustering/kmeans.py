@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dkm_export.clustering.optimal import optimal_tables
 
-_TILE = 1 << 22
-"""Most elements of a distance table that exist at once (16 MiB of float32)."""
+_TILE = 1 << 20
+"""Most elements of a distance table that exist at once (4 MiB of float32)."""
 
 _SAMPLE = 1 << 16
 """Vectors that k-means begins with where there are more."""
@@ -81,7 +81,7 @@ def initial_centroids(
         ``[groups, k, dim]``, at least float32.
     """
     if vectors.shape[-1] == 1:
-        return quick_centroids(vectors, (k,), seed, sensitivity)[0]
+        return _scalars(vectors, (k,), sensitivity, quick=False)[0]
     vectors, weights = _widened(vectors, sensitivity)
     generator = torch.Generator().manual_seed(seed)
     return torch.stack(
@@ -97,20 +97,27 @@ def quick_centroids(
 ) -> list[Tensor]:
     """`initial_centroids` for each of several ``k``, to compare them: less work, a little worse.
 
-    Scalars share one dynamic program; of vectors only a sample is clustered.
+    Scalars share one small dynamic program; of vectors only a sample is clustered.
     """
+    if vectors.shape[-1] == 1:
+        return _scalars(vectors, ks, sensitivity, quick=True)
     vectors, weights = _widened(vectors, sensitivity)
     pairs = list(zip(vectors, weights, strict=True))
-    if vectors.shape[-1] == 1:
-        tables = [optimal_tables(x[:, 0], ks, s) for x, s in pairs]
-        return [
-            torch.stack(best)[..., None].to(vectors.dtype) for best in zip(*tables, strict=True)
-        ]
     found = []
     for k in ks:
         generator = torch.Generator().manual_seed(seed)  # whatever the other ks are
         found.append(torch.stack([_lloyd(x, k, s, generator, _QUICK_SAMPLE, 0) for x, s in pairs]))
     return found
+
+
+def _scalars(
+    vectors: Tensor, ks: Sequence[int], sensitivity: Tensor | None, *, quick: bool
+) -> list[Tensor]:
+    """By ``k``: ``[groups, k, 1]``."""
+    vectors, weights = _widened(vectors, sensitivity)
+    pairs = zip(vectors, weights, strict=True)
+    tables = [optimal_tables(x[:, 0], ks, s, quick=quick) for x, s in pairs]
+    return [torch.stack(best)[..., None].to(vectors.dtype) for best in zip(*tables, strict=True)]
 
 
 def _widened(

@@ -22,6 +22,10 @@ _Ints = NDArray[np.int64]
 _TINY = np.finfo(np.float64).tiny
 _MOST_POLISHING = 1000
 
+_QUICK_CLUSTERS = 32
+_QUICK_POSITIONS = 2048
+"""Of the dynamic program when tables are only to be compared."""
+
 
 def optimal_centroids(values: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
     """The ``k`` centroids with the least weighted sum of squared distances.
@@ -44,11 +48,12 @@ def optimal_centroids(values: Tensor, k: int, weights: Tensor | None = None) -> 
 
 
 def optimal_tables(
-    values: Tensor, ks: Sequence[int], weights: Tensor | None = None
+    values: Tensor, ks: Sequence[int], weights: Tensor | None = None, *, quick: bool = False
 ) -> list[Tensor]:
     """`optimal_centroids` for each of several ``k``, out of one dynamic program.
 
-    Clusters begin at as many places as the largest ``k`` has.
+    Clusters begin at as many places as the largest ``k`` has; ``quick``, at fewer, and many
+    clusters where Panter and Dite's spacing puts them before Lloyd's algorithm.
     """
     points, mass, exponent = _points(values, weights)
     tables = {k: np.pad(points, (0, max(0, k - len(points))), mode="edge") for k in ks}
@@ -61,13 +66,17 @@ def optimal_tables(
         offsets = points - origin
         masses = _outward_sums(mass, middle)
         firsts = _outward_sums(mass * offsets, middle)
-        seconds = _outward_sums(mass * offsets * offsets, middle)
-        positions = _positions(points, mass, _most_positions(max(wanted)))
-        sums = np.stack([s[positions] for s in (masses, firsts, seconds)])
-        begins = _best_begins(sums, max(wanted))
+        few = [k for k in wanted if not quick or k <= _QUICK_CLUSTERS]
+        cuts = {k: _spaced(points, mass, k) for k in wanted if k not in few}
+        if few:
+            seconds = _outward_sums(mass * offsets * offsets, middle)
+            most = _QUICK_POSITIONS if quick else _most_positions(max(few))
+            positions = _positions(points, mass, most)
+            sums = np.stack([s[positions] for s in (masses, firsts, seconds)])
+            begins = _best_begins(sums, max(few))
+            cuts |= {k: positions[_cuts(begins, k, len(positions) - 1)] for k in few}
         for k in wanted:
-            cuts = positions[_cuts(begins, k, len(positions) - 1)]
-            tables[k] = _polish(points, origin, masses, firsts, cuts)
+            tables[k] = _polish(points, origin, masses, firsts, cuts[k])
     return [torch.from_numpy(np.ldexp(tables[k], exponent)).to(values.device) for k in ks]
 
 
@@ -113,14 +122,30 @@ def _positions(points: _Floats, mass: _Floats, most: int) -> _Ints:
     """
     if len(points) <= most:
         return np.arange(len(points) + 1)
-    density_times_gap = (mass[1:] + mass[:-1]) / 2
-    lengths = np.cbrt(density_times_gap) * np.square(np.cbrt(np.diff(points)))
+    lengths = _lengths(points, mass)
     step, wider = lengths.sum() / most, np.inf
     while step < 0.99 * wider:
         step, wider = np.minimum(lengths, step).sum() / most, step
     bins = np.floor(np.cumsum(np.minimum(lengths, step)) / step)
     apart = (np.diff(bins, prepend=0) > 0) | (lengths >= step)  # whole steps may round down
     return np.concatenate(([0], np.flatnonzero(apart) + 1, [len(points)]))
+
+
+def _spaced(points: _Floats, mass: _Floats, k: int) -> _Ints:
+    """The ``k + 1`` positions, first and last included, of clusters as Panter and Dite space them.
+
+    For many clusters; some may be empty.
+    """
+    lengths = np.cumsum(_lengths(points, mass))
+    inner = np.searchsorted(lengths, lengths[-1] * np.arange(1, k) / k) + 1
+    return np.concatenate(([0], inner, [len(points)]))
+
+
+def _lengths(points: _Floats, mass: _Floats) -> _Floats:
+    """The integral of density^(1/3) from each point to the next."""
+    density_times_gap = (mass[1:] + mass[:-1]) / 2
+    lengths: _Floats = np.cbrt(density_times_gap) * np.square(np.cbrt(np.diff(points)))
+    return lengths
 
 
 def _best_begins(sums: _Floats, k: int) -> _Ints:

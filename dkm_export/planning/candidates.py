@@ -71,7 +71,7 @@ class Setting:
 DEFAULT_SETTINGS = (
     *(Setting(bits, 1) for bits in (1, 2, 3, 4, 5, 6, 8)),
     *(Setting(bits, 1, 8) for bits in (1, 2, 3, 4)),
-    *(Setting(bits, 2) for bits in (2, 3, 4, 5, 6, 7)),
+    *(Setting(bits, 2) for bits in (2, 3, 4, 5, 6)),
     *(Setting(bits, 4) for bits in (3, 4, 5, 6, 8)),
     *(Setting(bits, 8) for bits in (4, 6, 8)),
 )
@@ -81,6 +81,7 @@ _FINE_SETTINGS = (
     *(Setting(bits, 1, groups) for bits in (2, 3, 4, 6, 8) for groups in (2, 4, 16)),
     *(Setting(bits, 2, groups) for bits in (2, 3, 4, 5, 6) for groups in (2, 4)),
     *(Setting(bits, 4, groups) for bits in (3, 4, 5, 6) for groups in (2, 4)),
+    Setting(7, 2),
     Setting(7, 4),
     Setting(5, 8),
     Setting(7, 8),
