@@ -70,10 +70,10 @@ class Setting:
 
 DEFAULT_SETTINGS = (
     *(Setting(bits, 1) for bits in (1, 2, 3, 4, 5, 6, 8)),
-    *(Setting(bits, 1, 8) for bits in (1, 2, 3, 4)),
-    *(Setting(bits, 2) for bits in (2, 3, 4, 5, 6)),
-    *(Setting(bits, 4) for bits in (3, 4, 5, 6, 8)),
-    *(Setting(bits, 8) for bits in (4, 6, 8)),
+    *(Setting(bits, 1, 8) for bits in (2, 3)),
+    *(Setting(bits, 2) for bits in (2, 3, 4, 6)),
+    *(Setting(bits, 4) for bits in (4, 5, 6, 8)),
+    *(Setting(bits, 8) for bits in (6, 8)),
 )
 """What layers choose from unless told otherwise."""
 
@@ -81,10 +81,10 @@ _FINE_SETTINGS = (
     *(Setting(bits, 1, groups) for bits in (2, 3, 4, 6, 8) for groups in (2, 4, 16)),
     *(Setting(bits, 2, groups) for bits in (2, 3, 4, 5, 6) for groups in (2, 4)),
     *(Setting(bits, 4, groups) for bits in (3, 4, 5, 6) for groups in (2, 4)),
-    Setting(7, 2),
-    Setting(7, 4),
-    Setting(5, 8),
-    Setting(7, 8),
+    *(Setting(bits, 1, 8) for bits in (1, 4)),
+    *(Setting(bits, 2) for bits in (5, 7)),
+    *(Setting(bits, 4) for bits in (3, 7)),
+    *(Setting(bits, 8) for bits in (4, 5, 7)),
 )
 _FINE_BELOW = 1 << 17
 """What layers of fewer weights choose from too: with few layers, steps have to be small."""

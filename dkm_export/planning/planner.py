@@ -268,7 +268,8 @@ class _Planner:
         tried: dict[tuple[int, ...], dict[str, int]] = {}
         targets = self._question.targets
         costs = _Costs.of(self._layers, self._options, targets)
-        low, high, room = 0, costs.largest + 1, min(limit, costs.largest)
+        low, high = 0, costs.largest + 1
+        room = max(0, min(limit - self._dense_bytes(), costs.largest))
         while low <= room < high:
             chosen = costs.allocate(room) or costs.smallest()
             if chosen.choices not in tried:
@@ -306,6 +307,12 @@ class _Planner:
                 )
             best = least, sizes
         return best
+
+    def _dense_bytes(self) -> int:
+        """Of what no plan changes: biases, norms, other layers."""
+        planned = {name for layer in self._layers for name in layer.names}
+        state = self._calibration.model.state_dict().items()
+        return sum(tensor.nbytes for name, tensor in state if name not in planned)
 
     def at_rate(self, bits_per_weight: float) -> Allocation:
         """The best plan with so many bits for each weight of its layers."""
