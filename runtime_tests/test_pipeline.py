@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +37,7 @@ from dkm_exporters.onnx import OnnxExporter
 from dkm_models.digits import Digits
 from dkm_runtimes.coreml import CoreMLRuntime
 from dkm_runtimes.onnxruntime import OnnxRuntime
+from tests.commands import Dkm
 from tests.compiler import needs_compiler
 from tests.zoo import IMAGE, ROW, TOKENS, palettize
 
@@ -45,20 +45,6 @@ RECIPES = Path(dkm_models.__path__[0]) / "recipes"
 RUNTIMES = ("onnxruntime", "onnxruntime-ort", "executorch", "executorch-runner", "coreml-reference")
 pytestmark = needs_compiler
 LAYER = "features.10.weight"
-
-Dkm = Callable[..., tuple[int, dict[str, Any]]]
-
-
-@pytest.fixture
-def dkm(capfd: pytest.CaptureFixture[str]) -> Dkm:
-    """Run ``dkm ... --json``; returns the exit code and the object."""
-
-    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
-        capfd.readouterr()
-        code = main([*map(str, arguments), "--json"])
-        return code, json.loads(capfd.readouterr().out)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dkm_export.cli.main import main
+from tests.commands import Dkm
 from tests.compiler import needs_compiler
 
 pytestmark = needs_compiler
@@ -30,20 +28,6 @@ RECIPE = """
     small_layer_size = 0
     rules = [{ bits = 4 }]
     """
-
-Dkm = Callable[..., tuple[int, dict[str, Any]]]
-
-
-@pytest.fixture
-def dkm(capfd: pytest.CaptureFixture[str]) -> Dkm:
-    """Run ``dkm ... --json``; returns the exit code and the object."""
-
-    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
-        capfd.readouterr()
-        code = main([*map(str, arguments), "--json"])
-        return code, json.loads(capfd.readouterr().out)
-
-    return run
 
 
 @pytest.fixture(scope="module")

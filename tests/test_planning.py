@@ -34,6 +34,7 @@ from dkm_export.planning.sensitivity import (
 from dkm_export.spec import CompressionSpec, LayerRule
 from dkm_export.training.recipe import find_recipe, load_recipe
 from dkm_models.digits import Digits
+from tests.commands import Dkm
 from tests.zoo import HalfLine, Tied, lively
 
 ROW = "[{name='x', shape=[1, 48]}]"
@@ -153,21 +154,6 @@ def recipe_file(folder: Path, factory: str, inputs: str, more: str = "", **rest:
     file = folder / "recipe.toml"
     file.write_text(recipe_text(factory, inputs, more, **rest))
     return file
-
-
-Dkm = Callable[..., tuple[int, dict[str, Any]]]
-
-
-@pytest.fixture
-def dkm(capfd: pytest.CaptureFixture[str]) -> Dkm:
-    """Run ``dkm ... --json``; returns the exit code and the object."""
-
-    def run(*arguments: object) -> tuple[int, dict[str, Any]]:
-        capfd.readouterr()
-        code = main([*map(str, arguments), "--json"])
-        return code, json.loads(capfd.readouterr().out)
-
-    return run
 
 
 @pytest.fixture
