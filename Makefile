@@ -5,6 +5,8 @@ BIN := .venv/bin
 DEMO := build/demo
 RECIPE := models/dkm_models/recipes/digits.toml
 RUNTIMES := onnxruntime,onnxruntime-ort,executorch,coreml-reference
+# most of the time goes into exporting, which is Python: processes help, threads do not
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # our delegate for ExecuTorch is built from source
 EXECUTORCH := $(if $(shell command -v c++ || command -v g++ || command -v clang++),xnnpack-lut,portable)
 
@@ -17,10 +19,10 @@ demo: .venv/installed
 	$(BIN)/dkm check $(DEMO)/out --require $(RUNTIMES) --max-drop 1.5
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check .

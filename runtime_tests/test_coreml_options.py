@@ -104,7 +104,7 @@ def ways() -> Iterator[Any]:
                 yield pytest.param(name, batch_norm, precision, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "batch_norm", "precision"), ways())
+@pytest.mark.parametrize(("name", "batch_norm", "precision"), list(ways()))
 def test_every_family_passes_the_check(
     name: str, batch_norm: BatchNorm, precision: str, tmp_path: Path
 ) -> None:
