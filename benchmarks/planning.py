@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from benchmarks.minilm import TEST_PACKAGES, TRAIN_PACKAGES, recipe_of, sentence
 from benchmarks.networks import without_data
 from dkm_export.checkpoint import save_checkpoint
 from dkm_export.exporting.export import choose_targets, export
+from dkm_export.palettized import PalettizedModel
 from dkm_export.planning.candidates import DEFAULT_SETTINGS
 from dkm_export.planning.mockup import artifact_bytes, mock_up
 from dkm_export.planning.planner import Budget, Question, make_plan
@@ -45,10 +46,11 @@ INTRODUCTION = """# Plans
 layers the same bits and dim, and layers under 10,000 weights 8 bits, as in the DKM paper. `dkm
 plan` gets the bytes of its ONNX file as the budget, and the same float weights. Both are then
 palettized without training, and fine-tuned by the same recipe with the same batches in the same
-order. Top-1 (glyphs) and cosine to the float model's embeddings (MiniLM) are of the test split,
-which the plan does not see: the mean over three seeds, and the lowest and highest. A seed decides
-the float weights (glyphs), the examples that the plan is made from, the batches and the initial
-centroids.
+order. "Used" are the bytes of the plan's file, by the budget; for Core ML and ExecuTorch of another
+plan, whose budget are the bytes of the uniform recipe's file of that target, with seed 0. Top-1
+(glyphs) and cosine to the float model's embeddings (MiniLM) are of the test split, which the plan
+does not see: the mean over three seeds, and the lowest and highest. A seed decides the float
+weights (glyphs), the examples that the plan is made from, the batches and the initial centroids.
 """
 
 UNIFORM = ((2, 1), (4, 4), (4, 1), (3, 1))
@@ -72,14 +74,13 @@ class Row:
     """One uniform setting with one seed.
 
     Attributes:
-        budget: bytes of the uniform recipe's ONNX file.
-        planned: bytes of the plan's, exported after the training.
+        sizes: by target, bytes of the plan's artifact and of the uniform recipe's, which was the
+            budget; of other targets than ONNX with one seed.
         metrics: uniform and plan without training, uniform and plan after it.
     """
 
     setting: str
-    budget: int
-    planned: int
+    sizes: dict[str, tuple[int, int]]
     metrics: tuple[float, float, float, float]
 
 
@@ -122,6 +123,20 @@ def uniform(bits: int, dim: int) -> CompressionSpec:
     return CompressionSpec.model_validate({"rules": [{"bits": bits, "dim": dim}]})
 
 
+def bytes_of(mock: PalettizedModel, target: str) -> int:
+    """Of a mock-up's artifact."""
+    return artifact_bytes(mock, choose_targets([target]), verbose=False)[target]
+
+
+def exported_bytes(model: PalettizedModel, target: str) -> int:
+    """Of the artifact that ``dkm export`` writes."""
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")
+        save_checkpoint(model, Path(name, "model.dkm.safetensors"))
+        manifest = export(Path(name), [target], Path(name, "out"), data=None)
+    return manifest.artifacts[0].bytes
+
+
 def compare(make: Callable[[Path, int], Recipe], seed: int) -> list[Row]:
     """All settings with one seed; in a process of its own with one thread."""
     torch.set_num_threads(1)
@@ -131,26 +146,33 @@ def compare(make: Callable[[Path, int], Recipe], seed: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = make(folder, seed)
-        targets = choose_targets(["onnx"])
         model, _, _ = float_model(recipe, silent)
-        for bits, dim in UNIFORM:
-            spec = uniform(bits, dim)
-            mock = mock_up(model, recipe.source(), spec)
-            budget = artifact_bytes(mock, targets, verbose=False)["onnx"]
+
+        def planned_for(target: str, spec: CompressionSpec) -> tuple[int, CompressionSpec]:
+            """The bytes of a uniform recipe's artifact, and a plan of that size."""
+            budget = bytes_of(mock_up(model, recipe.source(), spec), target)
             question = Question(
-                targets,
+                choose_targets([target]),
                 examples=EXAMPLES[recipe.model.name.removesuffix("_cnn")],
                 file=folder / "sensitivities.json",
             )
-            _, planned = make_plan(recipe, Budget(limit=budget), question, silent)
+            return budget, make_plan(recipe, Budget(limit=budget), question, silent)[1]
+
+        for bits, dim in UNIFORM:
+            spec = uniform(bits, dim)
+            budget, planned = planned_for("onnx", spec)
             metrics = [
                 compressed(recipe, which, trained=trained)
                 for trained in (False, True)
                 for which in (spec, planned)
             ]
-            real = artifact_bytes(metrics[-1][0], targets, verbose=False)["onnx"]
+            sizes = {"onnx": (exported_bytes(metrics[-1][0], "onnx"), budget)}
+            for target in TARGETS[1:] if seed == SEEDS[0] else ():
+                budget, planned = planned_for(target, spec)
+                without, _ = compressed(recipe, planned, trained=False)
+                sizes[target] = exported_bytes(without, target), budget
             values = tuple(metric for _, metric in metrics)
-            row = Row(f"{bits}/{dim}", budget, real, values)  # type: ignore[arg-type]
+            row = Row(f"{bits}/{dim}", sizes, values)  # type: ignore[arg-type]
             rows.append(row)
             minutes = (perf_counter() - started) / 60
             print(f"{minutes:.1f} min: seed {seed}: {row}", file=sys.stderr, flush=True)
@@ -173,22 +195,31 @@ def accuracy(make: Callable[[Path, int], Recipe], facts: str) -> tuple[str, list
         ):
             if mean(ours) < mean(theirs):
                 problems.append(f"{setting} {when} training: {mean(ours)} < {mean(theirs)}")
-        for row in rows:
-            if not LEAST * row.budget <= row.planned <= row.budget:
-                problems.append(f"{setting}: {row.planned} bytes of {row.budget}")
-        used = [100 * row.planned / row.budget for row in rows]
+        sizes = [(target, *found) for row in rows for target, found in row.sizes.items()]
+        for target, planned, budget in sizes:
+            if not LEAST * budget <= planned <= budget:
+                problems.append(f"{setting}, {target}: {planned} bytes of {budget}")
+        used = {
+            target: [100 * ours / all_ for t, ours, all_ in sizes if t == target]
+            for target in TARGETS
+        }
         lines.append(
             (
                 setting,
-                f"{rows[0].budget:,} B",
-                f"{min(used):.2f}..{max(used):.2f} %",
+                f"{rows[0].sizes['onnx'][1]:,} B",
+                *(
+                    f"{min(used[x]):.2f}..{max(used[x]):.2f} %"
+                    if len(used[x]) > 1
+                    else f"{used[x][0]:.2f} %"
+                    for x in TARGETS
+                ),
                 *(f"{mean(c):.2f} ({min(c):.2f}..{max(c):.2f})" for c in columns),
             )
         )
     header = (
         "uniform setting",
         "ONNX file",
-        "used by the plan",
+        *(f"used, {target}" for target in TARGETS),
         "uniform, no training",
         "plan, no training",
         "uniform, fine-tuned",
@@ -223,7 +254,7 @@ def sizes_section() -> tuple[str, list[str]]:
         ("mobilenet_v1_imagenet", "{bits=4,dim=4}"),
         ("mobilenet_v2_imagenet", "{bits=2}"),
         ("resnet18_imagenet", "{bits=4,dim=4}"),
-        ("resnet50_imagenet", "{bits=6,dim=6}"),
+        ("resnet50_imagenet", "{bits=6,dim=4}"),
         ("distilbert_glue", "{bits=3}"),
         ("sentence_encoder", "{bits=2}"),
     ):
@@ -243,19 +274,14 @@ def sizes_section() -> tuple[str, list[str]]:
     return f"{facts}\n\n{table(header, lines)}", problems
 
 
-def _predicted(recipe: Recipe) -> Iterator[tuple[str, int, int]]:
+def _predicted(recipe: Recipe) -> list[tuple[str, int, int]]:
     """Bytes by target: of a mock-up, and of the file."""
     model, _, _ = float_model(recipe, silent)
     mock = mock_up(model, recipe.source(), recipe.compression)
-    real, _ = run_recipe(recipe, silent)
-    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings(), quiet():
-        warnings.simplefilter("ignore")
-        save_checkpoint(real, Path(name, "model.dkm.safetensors"))
-        for target in TARGETS:
-            guess = artifact_bytes(mock, choose_targets([target]), verbose=False)[target]
-            output = Path(name, target)
-            manifest = export(Path(name), [target], output, data=None)
-            yield target, guess, manifest.artifacts[0].bytes
+    palettized, _ = run_recipe(recipe, silent)
+    return [
+        (target, bytes_of(mock, target), exported_bytes(palettized, target)) for target in TARGETS
+    ]
 
 
 def speed_section() -> tuple[str, list[str]]:

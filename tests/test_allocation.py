@@ -5,7 +5,11 @@ from itertools import product
 import numpy as np
 import pytest
 
-from dkm_export.planning.allocation import Options, allocate, front, lower_bound
+from dkm_export.planning.allocation import Allocation, Knapsack, Options, front, lower_bound
+
+
+def allocate(layers: list[Options], budget: int) -> Allocation | None:
+    return Knapsack(layers, budget).at(budget)
 
 
 def random_layers(generator: np.random.Generator, layers: int, most: int) -> list[Options]:
@@ -33,9 +37,11 @@ def test_nothing_beats_an_allocation(seed: int) -> None:
     generator = np.random.default_rng(seed)
     layers = random_layers(generator, 4, 60)
     plans = all_plans(layers)
-    for budget in (0, 30, 80, 120, 10_000):
+    knapsack = Knapsack(layers, 150)
+    for budget in (0, 30, 80, 120, 150):
         fitting = [error for cost, error in plans if cost <= budget]
-        found = allocate(layers, budget)
+        found = knapsack.at(budget)
+        assert found == allocate(layers, budget)
         if not fitting:
             assert found is None
             continue
@@ -62,6 +68,16 @@ def test_large_budgets_are_kept_and_nearly_optimal() -> None:
         less = allocate(small, budget - 60 * (1 + 1000 * budget // 2**17) // 1000 - 1)
         assert less is not None
         assert found.error <= less.error
+
+
+def test_an_ample_budget_gives_every_layer_its_best() -> None:
+    layers = random_layers(np.random.default_rng(0), 60, 1_000_000)
+    least = sum(min(layer.errors) for layer in layers)
+    enough = sum(max(layer.costs) for layer in layers)
+    for budget in (enough, 10**15):
+        found = allocate(layers, budget)
+        assert found is not None
+        assert found.error == pytest.approx(least)
 
 
 def test_equal_and_worthless_choices() -> None:

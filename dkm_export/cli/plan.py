@@ -31,6 +31,9 @@ _UNITS = {
 }
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _NO_FILE = 2**63
+_DENSE = "dense"
+"""How a weight without a palette is called."""
+
 _FRONT = 12
 """Points of the front that are printed."""
 
@@ -77,7 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers whose setting is given, as bits/dim, bits/dim/groups or dense",
     )
     parser.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="layers that stay dense"
+        "--exclude",
+        action="append",
+        dest="pin",
+        type=lambda pattern: f"{pattern}={_DENSE}",
+        metavar="PATTERN",
+        help="layers that stay dense: short for --pin PATTERN=dense",
     )
     parser.add_argument(
         "--settings", metavar="LIST", help="what layers choose from: 2/1,4/1,4/4,4/1/8"
@@ -114,7 +122,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run ``dkm plan``."""
     from dkm_export.planning.planner import Budget, make_plan
     from dkm_export.planning.writing import planned_recipe
-    from dkm_export.training.recipe import find_recipe, load_recipe
+    from dkm_export.training.recipe import as_recipe, find_recipe, read_recipe
 
     budget = Budget(options.budget, options.bits_per_weight, options.max_drop)
     if 0 in (budget.limit, budget.bits_per_weight):
@@ -123,7 +131,8 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         raise InvalidInput(f"--examples {options.examples}: at least 1")
     question, overrides = _question(options, terminal)
     file = find_recipe(options.recipe)
-    recipe = load_recipe(file, overrides)
+    content = read_recipe(file, overrides)
+    recipe = as_recipe(content, file)
     output: Path | None = options.output
     kept: Path | None = options.sensitivities
     inputs = [file, *([recipe.model.weights] if recipe.model.weights else [])]
@@ -136,7 +145,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         plan, spec = make_plan(recipe, budget, question, progress)
     if output:
         with staged(output, force=options.force, sources=sources) as new:
-            new.write_text(planned_recipe(file, overrides, spec, plan))
+            new.write_text(planned_recipe(content, spec, plan))
     _show(plan, output, terminal)
     return ExitCode.OK
 
@@ -159,7 +168,6 @@ def _question(options: argparse.Namespace, terminal: Terminal) -> tuple[Question
         else:
             overrides.append(text)
     pins = [_pin(text) for text in options.pin]
-    pins += [(pattern, None) for pattern in options.exclude]
     settings: tuple[Setting, ...] = ()
     if options.settings is not None:
         parsed = (Setting.parse(text.strip()) for text in options.settings.split(","))
@@ -177,14 +185,14 @@ def _question(options: argparse.Namespace, terminal: Terminal) -> tuple[Question
 
 
 def _pin(text: str) -> tuple[str, Setting | None]:
-    from dkm_export.planning.candidates import DENSE, Setting
+    from dkm_export.planning.candidates import Setting
 
     pattern, equals, setting = text.rpartition("=")
     if not equals or not pattern:
         raise InvalidInput(
-            f"'{text}' is no pin: write PATTERN=SETTING, such as 'head.*=8/1' or 'head.*={DENSE}'"
+            f"'{text}' is no pin: write PATTERN=SETTING, such as 'head.*=8/1' or 'head.*={_DENSE}'"
         )
-    return pattern, None if setting == DENSE else Setting.parse(setting)
+    return pattern, None if setting == _DENSE else Setting.parse(setting)
 
 
 def _bytes(text: str) -> int:
@@ -249,7 +257,8 @@ def _show(plan: Plan, output: Path | None, terminal: Terminal) -> None:
         ],
     )
     terminal.print(
-        f"predicted error {plan.error:.3g}, at least {plan.bound:.3g} for any plan of this size; "
+        f"predicted error {plan.error:.3g}, at least {plan.bound:.3g} for any plan with as many "
+        "bytes for palettes; "
         f"from {plan.calibration}"
     )
     for target, count in plan.bytes.items():

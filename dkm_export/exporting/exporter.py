@@ -141,8 +141,8 @@ class Exporter(ABC, Generic[Options]):
         """
         return files_below(artifact)
 
-    def overhead(self, layout: Layout, bits: int, options: Options) -> Overhead:
-        """What such a palette takes beside its LUTs and indices, about, in an artifact.
+    def overhead(self, name: str, layout: Layout, bits: int, options: Options) -> Overhead:
+        """What such a palette of a parameter takes beside its LUTs and indices, about.
 
         For plans: only how settings differ counts. Where they hardly do, that is nothing.
         """

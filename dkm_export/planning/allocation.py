@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 _BUCKETS = 1 << 17
 """Sizes that the dynamic programming tells apart; so many more bytes are rounded up."""
@@ -39,36 +40,63 @@ class Allocation:
     error: float
 
 
-def allocate(layers: Sequence[Options], budget: int) -> Allocation | None:
-    """The least error within ``budget`` bytes, or None when not even the smallest choices fit.
+class Knapsack:
+    """The choices of least error within any number of bytes up to ``largest``.
 
-    Optimal for budgets of up to `_BUCKETS` bytes over the smallest choices. Of larger ones each
-    layer wastes less than a bucket, which `lower_bound` puts into perspective.
+    Optimal where that is up to `_BUCKETS` bytes over the smallest choices. With more, each layer
+    is rounded up to whole buckets, of which what is left over buys whatever still fits.
     """
-    smallest = sum(min(layer.costs) for layer in layers)
-    largest = sum(max(layer.costs) for layer in layers)
-    if smallest > budget:
-        return None
-    room = min(budget, largest) - smallest
-    unit = -(-room // _BUCKETS) or 1
-    best = np.zeros(room // unit + 1)  # error by bytes over the smallest, in units
-    taken = []
-    for layer in layers:
-        total, which = np.full_like(best, np.inf), np.zeros(len(best), np.int32)
-        for option in _undominated(layer):
-            more = -(-(layer.costs[option] - min(layer.costs)) // unit)
-            if more < len(best):
-                candidate = best[: len(best) - more] + layer.errors[option]
-                better = candidate < total[more:]
-                total[more:][better], which[more:][better] = candidate[better], option
-        best = total
-        taken.append(which)
-    place, choices = len(best) - 1, []
-    for layer, which in zip(reversed(layers), reversed(taken), strict=True):
-        option = int(which[place])
-        place -= -(-(layer.costs[option] - min(layer.costs)) // unit)
-        choices.append(option)
-    return _allocation(layers, list(reversed(choices)))
+
+    def __init__(self, layers: Sequence[Options], largest: int) -> None:
+        self._layers = layers
+        self._smallest = sum(min(layer.costs) for layer in layers)
+        room = min(largest, sum(max(layer.costs) for layer in layers)) - self._smallest
+        self._unit = -(-room // _BUCKETS) or 1
+        self._taken: list[NDArray[np.int32]] = []
+        if room < 0:
+            return
+        best = np.zeros(room // self._unit + 1)  # error by buckets over the smallest choices
+        for layer in layers:
+            total, which = np.full_like(best, np.inf), np.zeros(len(best), np.int32)
+            for option in _undominated(layer):
+                more = self._buckets(layer, option)
+                if more < len(best):
+                    candidate = best[: len(best) - more] + layer.errors[option]
+                    better = candidate < total[more:]
+                    total[more:][better], which[more:][better] = candidate[better], option
+            best = total
+            self._taken.append(which)
+
+    def at(self, budget: int) -> Allocation | None:
+        """The least error within ``budget`` bytes, or None when not even the smallest fit."""
+        if budget < self._smallest:
+            return None
+        place = min((budget - self._smallest) // self._unit, len(self._taken[0]) - 1)
+        choices = []
+        for layer, which in zip(reversed(self._layers), reversed(self._taken), strict=True):
+            option = int(which[place])
+            place -= self._buckets(layer, option)
+            choices.append(option)
+        return self._filled(list(reversed(choices)), budget)
+
+    def _buckets(self, layer: Options, option: int) -> int:
+        """How many more than the smallest choice takes."""
+        return -(-(layer.costs[option] - min(layer.costs)) // self._unit)
+
+    def _filled(self, choices: list[int], budget: int) -> Allocation:
+        """Better choices for single layers while they fit, those first that spare most error."""
+        while True:
+            found = _allocation(self._layers, choices)
+            spared = [
+                (layer.errors[choice] - layer.errors[option], number, option)
+                for number, (layer, choice) in enumerate(zip(self._layers, choices, strict=True))
+                for option in range(len(layer.costs))
+                if layer.costs[option] - layer.costs[choice] <= budget - found.cost
+            ]
+            most, number, option = max(spared)
+            if most <= 0:
+                return found
+            choices[number] = option
 
 
 def lower_bound(layers: Sequence[Options], budget: int) -> float:

@@ -29,9 +29,6 @@ from dkm_export.spec import CompressionSpec, Frozen, LayerKind, LayerRule
 Targets = Sequence[tuple[Exporter[Any], Frozen]]
 """Exporters with their options."""
 
-DENSE = "dense"
-"""How a weight without a palette is called on the command line."""
-
 _DENSE_BELOW = 4096
 """Weights: where a LUT takes a notable share of the bytes."""
 
@@ -129,7 +126,7 @@ class Candidate:
             return Overhead()
         layout = self.layout(setting)
         found = [
-            (exporter.target, exporter.overhead(layout, setting.bits, options))
+            (exporter.target, exporter.overhead(self.name, layout, setting.bits, options))
             for exporter, options in targets
         ]
         shared = {
@@ -173,16 +170,16 @@ def candidates(
     """
     layers = plan(model, spec)
     small = spec.model_copy(update={"small_layer_size": 0})
-    ties: dict[str, list[str]] = {}
+    # also of weights that the recipe's own bits would leave dense
+    tied: dict[int, list[str]] = {}
     for layer in layers:
-        if layer.tied_to:
-            ties.setdefault(layer.tied_to, []).append(layer.name)
+        tied.setdefault(id(model.get_parameter(layer.name)), []).append(layer.name)
     found = []
     for layer in layers:
         rule = small.rule_for(layer.name, layer.kind, layer.layout.size)
-        if rule is None or layer.tied_to:
+        names = tuple(tied[id(model.get_parameter(layer.name))])
+        if rule is None or layer.name != names[0]:
             continue
-        names = (layer.name, *ties.get(layer.name, ()))
         pinned = _pinned(names, pins)
         size = layer.layout.size
         free: tuple[Setting | None, ...] = tuple(settings or DEFAULT_SETTINGS)

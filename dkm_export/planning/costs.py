@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Self
 
-from dkm_export.planning.allocation import Allocation, Options, allocate, front
+from dkm_export.planning.allocation import Allocation, Knapsack, Options, front
 from dkm_export.planning.candidates import Candidate, Targets
 
-_MOST_SHARED = 5
-"""Things that decoders share, of which all parts are tried."""
+_LARGE = 500
+"""Bytes of what is shared, from which on plans are made with it and without it."""
+
+_MOST_LARGE = 4
+"""Such things, the largest, each of which doubles the number of plans."""
+
+_STEPS = 64
+"""In which bytes are spent that were counted twice."""
 
 
 @dataclass(frozen=True)
@@ -43,46 +49,87 @@ class Costs:
         )
 
     def allocate(self, room: int) -> Allocation | None:
-        """The least error within ``room`` bytes: for each part of what is shared, the best."""
+        """The least error that was found within ``room`` bytes, or None when nothing fits.
+
+        What decoders share counts once. For the largest such things both is tried, with and
+        without them; the others first count for every layer, which leaves bytes over to spend.
+        """
         best: Allocation | None = None
-        for kept in self._parts():
-            allowed = [
-                [index for index, need in enumerate(needs) if need <= kept] for needs in self.needs
-            ]
-            if not all(allowed):
-                continue
-            options = [
-                Options([x.costs[i] for i in which], [x.errors[i] for i in which])
-                for x, which in zip(self.options, allowed, strict=True)
-            ]
-            found = allocate(options, room - sum(self.shared[key] for key in kept))
-            if found and (best is None or found.error < best.error):
-                choices = tuple(
-                    which[choice] for which, choice in zip(allowed, found.choices, strict=True)
-                )
-                best = Allocation(choices, self.total(choices), found.error)
+        for part in self._parts():
+            within = room - part.fixed
+            knapsack = Knapsack(part.options, within + part.slack)
+            for more in range(part.slack, -1, -(part.slack // _STEPS + 1)):
+                found = knapsack.at(within + more)
+                if found is None or (best and found.error >= best.error):
+                    break
+                chosen = self.allocation(part.choices(found))
+                if chosen.cost <= room:
+                    best = chosen
+                    break
         return best
 
     def smallest(self) -> Allocation:
-        """The choice of fewest bytes, when what is shared is left out."""
-        return front(self.options)[0]
+        """The choice of fewest bytes."""
+        least = (part.choices(front(part.options)[0]) for part in self._parts())
+        return min(map(self.allocation, least), key=lambda chosen: chosen.cost)
 
     @property
     def largest(self) -> int:
         """Bytes that no choice exceeds."""
         return sum(max(x.costs) for x in self.options) + sum(self.shared.values())
 
-    def total(self, choices: Sequence[int]) -> int:
-        """Bytes of a choice for every layer."""
+    def allocation(self, choices: Sequence[int]) -> Allocation:
+        """With its bytes, and its error."""
+        pairs = list(zip(self.options, choices, strict=True))
         used = frozenset[str]().union(
             *(needs[choice] for needs, choice in zip(self.needs, choices, strict=True))
         )
-        own = sum(x.costs[choice] for x, choice in zip(self.options, choices, strict=True))
-        return own + sum(self.shared[key] for key in used)
+        return Allocation(
+            tuple(choices),
+            sum(x.costs[i] for x, i in pairs) + sum(self.shared[key] for key in used),
+            sum(x.errors[i] for x, i in pairs),
+        )
 
-    def _parts(self) -> Iterator[frozenset[str]]:
-        """All parts of what is shared, or only the whole of it when there are too many."""
-        names = sorted(self.shared)
-        fewest = 0 if len(names) <= _MOST_SHARED else len(names)
-        for count in range(fewest, len(names) + 1):
-            yield from map(frozenset, combinations(names, count))
+    def _parts(self) -> Iterator[_Part]:
+        """The choices that are left with some of the largest things that are shared."""
+        large = sorted(key for key, count in self.shared.items() if count >= _LARGE)
+        large = sorted(large, key=lambda key: -self.shared[key])[:_MOST_LARGE]
+        for count in range(len(large) + 1):
+            for kept in combinations(large, count):
+                without = frozenset(large).difference(kept)
+                allowed = [
+                    [index for index, need in enumerate(needs) if not need & without]
+                    for needs in self.needs
+                ]
+                if all(allowed):
+                    yield self._part(allowed, frozenset(kept))
+
+    def _part(self, allowed: Sequence[Sequence[int]], kept: frozenset[str]) -> _Part:
+        options, slack = [], 0
+        for x, needs, which in zip(self.options, self.needs, allowed, strict=True):
+            small = [sum(self.shared[key] for key in needs[i] - kept) for i in which]
+            costs = [x.costs[i] + more for i, more in zip(which, small, strict=True)]
+            options.append(Options(costs, [x.errors[i] for i in which]))
+            slack += max(small)
+        return _Part(allowed, options, sum(self.shared[key] for key in kept), slack)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some of the choices.
+
+    Attributes:
+        allowed: by layer, their numbers among all of its choices.
+        options: of these, by layer; costs are at least what they take.
+        fixed: bytes that the choices share, and that no option has.
+        slack: how much less all of them may take than ``fixed`` and their options.
+    """
+
+    allowed: Sequence[Sequence[int]]
+    options: Sequence[Options]
+    fixed: int
+    slack: int
+
+    def choices(self, found: Allocation) -> list[int]:
+        """Numbers among all choices."""
+        return [which[i] for which, i in zip(self.allowed, found.choices, strict=True)]

@@ -6,6 +6,7 @@ Sizes do not depend on the values of weights, so random palettes of the plan's s
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -26,6 +27,9 @@ from dkm_export.spec import CompressionSpec
 CHECKPOINT_ONLY = "checkpoint"
 """What is measured without targets."""
 
+_LONG = -sys.float_info.min
+"""A number with as many digits as there are; those of metrics are some bytes of a checkpoint."""
+
 
 def mock_up(model: nn.Module, source: ModelSource, spec: CompressionSpec) -> PalettizedModel:
     """The model with random palettes as ``spec`` asks for, and everything else as it is."""
@@ -40,8 +44,7 @@ def mock_up(model: nn.Module, source: ModelSource, spec: CompressionSpec) -> Pal
         for name, tensor in model.state_dict().items()
         if name not in palettes and name not in ties
     }
-    # as long as numbers get in a checkpoint's header
-    metrics = {"fp32": 100 / 3, "hard": 100 / 3} if source.task else {}
+    metrics = {"fp32": _LONG, "hard": _LONG} if source.task else {}
     # artifacts name their checkpoint
     return PalettizedModel(source, spec, palettes, dense, metrics, ties, sha256="0" * 64)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dkm_export.compress import prepare
 from dkm_export.errors import InvalidInput
 from dkm_export.palettized import ModelSource
-from dkm_export.planning.allocation import Allocation, Options, allocate, front, lower_bound
+from dkm_export.planning.allocation import Allocation, Knapsack, Options, front, lower_bound
 from dkm_export.planning.candidates import (
     Candidate,
     Pins,
@@ -27,6 +27,12 @@ from dkm_export.planning.candidates import (
 from dkm_export.planning.costs import Costs
 from dkm_export.planning.mockup import artifact_bytes, mock_up
 from dkm_export.planning.result import Plan, PlannedLayer, Point
+from dkm_export.planning.sensitivities_file import (
+    Method,
+    Sensitivities,
+    read_sensitivities,
+    sensitivities,
+)
 from dkm_export.planning.sensitivity import (
     Calibration,
     Divergence,
@@ -34,7 +40,6 @@ from dkm_export.planning.sensitivity import (
     Progress,
     scales_of,
 )
-from dkm_export.planning.table import Method, Sensitivities, read_sensitivities, sensitivities
 from dkm_export.references import build_module
 from dkm_export.spec import CompressionSpec
 from dkm_export.task import Task, batches_of, distillation_of
@@ -88,7 +93,7 @@ class Question:
         pins: layers whose setting is given.
         method: how errors are found.
         examples: inputs of the training split to measure sensitivities on.
-        file: of sensitivities; see `table`.
+        file: of sensitivities; see `sensitivities_file`.
     """
 
     targets: Targets = ()
@@ -193,6 +198,7 @@ class _Planner:
         costs = Costs.of(self._layers, self._options, targets)
         low, high = 0, costs.largest + 1
         room = max(0, min(limit - self._dense_bytes(), costs.largest))
+        least = sum(min(x.errors) for x in self._options)
         while low <= room < high:
             chosen = costs.allocate(room) or costs.smallest()
             if chosen.choices not in tried:
@@ -205,7 +211,7 @@ class _Planner:
             left = limit - sizes[tightest]
             if left >= 0 and (best is None or chosen.error < best[0].error):
                 best = chosen, sizes
-            if 0 <= left <= _CLOSE * limit:
+            if 0 <= left <= _CLOSE * limit or (left >= 0 and chosen.error <= least):
                 break
             if len(targets) > 1:
                 targets = [target for target in targets if target[0].target == tightest]
@@ -217,18 +223,19 @@ class _Planner:
                 low = room + 1
             if left < 0 and chosen.choices == costs.smallest().choices:
                 break
-            room = costs.total(chosen.choices) + left
-            if not low <= room < high:
-                room = (low + high) // 2
+            room = min(costs.allocation(chosen.choices).cost + left, high - 1)
+            if room < low:
+                # what is tried next may share more, and so still fit
+                room = min(low + ceil(_CLOSE * limit), (low + high) // 2)
         if best is None:
-            least = costs.smallest()
-            sizes = tried.get(least.choices) or self.sizes(least)
+            smallest = costs.smallest()
+            sizes = tried.get(smallest.choices) or self.sizes(smallest)
             if max(sizes.values()) > limit:
                 raise InvalidInput(
                     f"nothing fits into {limit:,} bytes: with the smallest settings it is "
                     f"{max(sizes.values()):,}: allow more, or smaller settings with --settings"
                 )
-            best = least, sizes
+            best = smallest, sizes
         return best
 
     def _dense_bytes(self) -> int:
@@ -239,10 +246,15 @@ class _Planner:
 
     def at_rate(self, bits_per_weight: float) -> Allocation:
         """The best plan with so many bits for each weight of its layers."""
-        weights = sum(layer.size for layer in self._layers)
-        chosen = allocate(self._options, int(bits_per_weight * weights / 8))
+        # layers that a pin or the user keeps dense do not count
+        dense = [layer for layer in self._layers if layer.settings == (None,)]
+        kept = sum(layer.nbytes(None) for layer in dense)
+        weights = sum(layer.size for layer in self._layers) - kept // 4
+        # no weight takes more than 32 bits
+        room = kept + int(min(bits_per_weight, 32) * weights / 8)
+        chosen = Knapsack(self._options, room).at(room)
         if chosen is None:
-            smallest = ceil(1000 * self._front[0].cost * 8 / weights) / 1000
+            smallest = ceil(8000 * (self._front[0].cost - kept) / weights) / 1000
             raise InvalidInput(
                 f"{bits_per_weight:g} bits per weight are too few: the smallest settings take "
                 f"{smallest:.3f}"
@@ -276,6 +288,7 @@ class _Planner:
     ) -> Plan:
         """All that is known of the plan."""
         payload = sum(x.costs[i] for x, i in zip(self._options, chosen.choices, strict=True))
+        unused = 0 if budget.limit is None else budget.limit - max(sizes.values())
         planned = []
         for layer, choice in zip(self._layers, chosen.choices, strict=True):
             setting = layer.settings[choice]
@@ -298,7 +311,7 @@ class _Planner:
             limit=budget.limit,
             bytes=dict(sizes),
             error=chosen.error,
-            bound=lower_bound(self._options, payload),
+            bound=lower_bound(self._options, payload + unused),
             layers=tuple(planned),
             front=tuple(Point(bytes=x.cost, error=x.error) for x in self._some_of_the_front()),
             uniform=tuple(self._uniform()),

@@ -57,7 +57,8 @@ class Plan(Frozen):
         bytes: of each target's artifact, measured on a mock-up with the same shapes;
             ``checkpoint`` where no target was named.
         error: predicted, of all layers together.
-        bound: no plan of these settings and this size has a smaller error.
+        bound: no plan of these settings with as many bytes for palettes has a smaller error; what
+            is left of the limit counts too.
         layers: in the order of the model.
         front: the best plans by size, ascending.
         uniform: the same setting for all layers, where every layer can have it.

@@ -105,6 +105,14 @@ class Calibration:
         return total / len(self.inputs)
 
 
+def divergence_of_a_push(calibration: Calibration) -> float:
+    """How far outputs get that are pushed at random: tells one model or divergence from another."""
+    with torch.no_grad():
+        outputs = outputs_of(calibration.model, calibration.inputs[0])
+    generator = torch.Generator().manual_seed(calibration.seed)
+    return _push(calibration, outputs, generator)[2].item()
+
+
 def outputs_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> Outputs:
     """Of a model, always as a tuple.
 
@@ -267,13 +275,7 @@ def _directions(
     A small push ``z`` of the outputs changes the gradient of the divergence by ``h z``. Of that
     direction, ``w`` has the length whose square is ``z h z``: its mean is the trace of ``h``.
     """
-    noise, pushed = [], []
-    for output, scale in zip(outputs, calibration.scales, strict=True):
-        noise.append(torch.randn(output.shape, generator=generator))
-        moved = output.detach() + _STEP * scale * noise[-1]
-        pushed.append(moved if output.is_floating_point() else output)
-    leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in outputs)
-    divergence = calibration.divergence(leaves, tuple(pushed))
+    noise, leaves, divergence = _push(calibration, outputs, generator)
     wanted = [index for index, leaf in enumerate(leaves) if leaf.requires_grad]
     slopes = torch.autograd.grad(divergence, [leaves[x] for x in wanted], allow_unused=True)
     found = []
@@ -285,12 +287,25 @@ def _directions(
                 "the model's outputs cannot be differentiated by its weights: use --measure"
             )
         # in double: where a model is sure, slopes are tiny, and their squares no float32
-        change = -slope.double().flatten(1) / (_STEP * calibration.scales[index])
-        square = (change * noise[index].flatten(1)).sum(1, keepdim=True).clamp(min=0)
+        change = -slope.double().reshape(len(slope), -1) / (_STEP * calibration.scales[index])
+        square = (change * noise[index].reshape(len(slope), -1)).sum(1, keepdim=True).clamp(min=0)
         length = change.norm(dim=1, keepdim=True).clamp(min=1e-150)
         direction = (change * square.sqrt() / length).reshape(outputs[index].shape)
         found.append((outputs[index], direction.to(outputs[index].dtype)))
     return found
+
+
+def _push(
+    calibration: Calibration, outputs: Outputs, generator: torch.Generator
+) -> tuple[list[Tensor], Outputs, Tensor]:
+    """Noise, the outputs as leaves, and their divergence from outputs with that noise."""
+    noise, pushed = [], []
+    for output, scale in zip(outputs, calibration.scales, strict=True):
+        noise.append(torch.randn(output.shape, generator=generator))
+        moved = output.detach() + _STEP * scale * noise[-1]
+        pushed.append(moved if output.is_floating_point() else output)
+    leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in outputs)
+    return noise, leaves, calibration.divergence(leaves, tuple(pushed))
 
 
 def _families(settings: Sequence[Setting]) -> dict[tuple[int, int], list[int]]:

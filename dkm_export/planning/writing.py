@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import tomli_w
 
 from dkm_export.planning.result import Plan
 from dkm_export.spec import CompressionSpec, LayerRule
-from dkm_export.training.recipe import read_recipe
 
 
-def planned_recipe(
-    recipe: Path, overrides: Sequence[str], spec: CompressionSpec, plan: Plan
-) -> str:
+def planned_recipe(recipe: Mapping[str, Any], spec: CompressionSpec, plan: Plan) -> str:
     """TOML: all of the recipe but its compression, which is the plan's, a line for each layer.
 
     Args:
-        recipe: the file that was planned for.
-        overrides: of its keys, as text.
+        recipe: that was planned for, as `read_recipe` gives it.
         spec: the plan's.
         plan: explains the lines.
     """
-    data = read_recipe(recipe, overrides)
-    data.pop("compression", None)
+    data = {key: value for key, value in recipe.items() if key != "compression"}
     sizes = ", ".join(f"{target} {count:,} bytes" for target, count in plan.bytes.items())
     lines = [
         f"# Planned by `dkm plan` for {plan.budget}: {sizes}.",

@@ -66,7 +66,8 @@ def front_lines(plan: Plan) -> list[str]:
     return [
         f"Predicted from {plan.calibration}, for a budget of {plan.budget}; not measured.",
         "Bytes of palettes and of weights that could have one; a file has more.",
-        f"No plan of these settings and this size has an error below {plan.bound:.3g}.",
+        "No plan of these settings with as many bytes for palettes has an error below "
+        f"{plan.bound:.3g}.",
     ]
 
 

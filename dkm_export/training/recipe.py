@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -141,7 +141,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InvalidInput: when the file is missing or not TOML, or a key or value is wrong.
     """
-    data = read_recipe(path, overrides)
+    return as_recipe(read_recipe(path, overrides), path)
+
+
+def as_recipe(data: Mapping[str, Any], path: Path) -> Recipe:
+    """The recipe that ``data`` is, as `read_recipe` read it from ``path``.
+
+    Raises:
+        InvalidInput: when a key or value is wrong.
+    """
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:

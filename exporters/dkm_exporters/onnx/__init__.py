@@ -94,11 +94,11 @@ class OnnxExporter(Exporter[OnnxOptions]):
 
         return read_contents(artifact)
 
-    def overhead(self, layout: Layout, bits: int, options: OnnxOptions) -> Overhead:
-        """Operators that decode such a palette, and the tables that decoders share."""
+    def overhead(self, name: str, layout: Layout, bits: int, options: OnnxOptions) -> Overhead:
+        """Operators that decode such a palette, and what decoders share."""
         from dkm_exporters.onnx.overhead import decoder_overhead
 
-        return decoder_overhead(layout, bits, functions=options.functions)
+        return decoder_overhead(name, layout, bits, functions=options.functions)
 
     def notes(self, artifact: Path) -> list[str]:
         """How much of the model the phones' execution providers could take, and what to avoid."""

@@ -31,6 +31,7 @@ from dkm_export.validation import explain
 from dkm_exporters.onnx.contents import Contents
 from dkm_exporters.onnx.options import OnnxOptions, data_file
 from dkm_exporters.onnx.packing import transposed, unpack_indices
+from dkm_exporters.onnx.placing import ONCE
 from dkm_exporters.onnx.stored import Sizes, plain
 
 KEY: Final = "dkm"
@@ -172,7 +173,7 @@ class Artifact:
             parts.update(own.values())
             yield stored_palette(name, palette, value_bytes=value, lut_bytes=lut, scale_bytes=scale)
         for name, tensor in self.initializers.items():
-            if name not in parts and not name.startswith("dkm/"):
+            if name not in parts and not name.startswith(ONCE):
                 reason = self.table.dense.get(name, NO_WEIGHT)
                 yield plain(tensor, sizes, reason)
 

@@ -25,7 +25,7 @@ from dkm_export.errors import Unsupported
 from dkm_export.fields import Field, fields
 from dkm_export.palette import Layout, Palette
 from dkm_exporters.onnx.packing import joined, pack_indices, rows_fill_bytes, transposed
-from dkm_exporters.onnx.placing import Called, Constants, Inline
+from dkm_exporters.onnx.placing import ONCE, TABLE, Called, Constants, Inline
 
 
 def insert_decoders(
@@ -206,7 +206,7 @@ class _Decoder:
             size = place.constant(np.array(1 << bits, np.int32))
             return place.node("Mod", [place.node("Div", [numbers, factors]), size])
 
-        rows = self._place.once(f"dkm/indices/{bits}x{each}", codes)
+        rows = self._place.once(f"{ONCE}indices/{bits}x{each}", codes)
         if layout.groups > 1:
             rows = self._offset(rows, 1 << bits)
         lut = self._node("Gather", self._lut, rows, axis=0)
@@ -332,7 +332,7 @@ class _Decoder:
             factor = place.constant(np.array(1 << field.shift, np.int32))
             return place.node("Mul", [table, factor])
 
-        return self._place.once(f"dkm/table/{field.width}/{field.shift}", make)
+        return self._place.once(f"{TABLE}{field.width}/{field.shift}", make)
 
     def _crop(self, vectors: ir.Value) -> ir.Value:
         """Vectors in the order of the weight, in its shape and without the padding."""

@@ -17,8 +17,11 @@ from dkm_export.fields import Field
 DOMAIN: Final = "dkm.lut"
 """Of the functions. A runtime that has an operator of the name may run that in its place."""
 
-TABLE: Final = "dkm/table/"
-"""How names of the tables begin that decoders share."""
+ONCE: Final = "dkm/"
+"""How names begin of what decoders share."""
+
+TABLE: Final = f"{ONCE}table/"
+"""How names of tables begin."""
 
 
 class Constants:
@@ -72,7 +75,7 @@ class Inline:
     def constant(self, array: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> ir.Value:
         """A few integers, at most one axis of them longer than 1."""
         rank = "" if array.ndim == 1 else f"/{array.ndim}d"
-        name = f"dkm/{array.dtype}{rank}/{'x'.join(map(str, array.reshape(-1)))}"
+        name = f"{ONCE}{array.dtype}{rank}/{'x'.join(map(str, array.reshape(-1)))}"
         return self._constants.initializer(name, array)
 
     def node(self, operator: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:

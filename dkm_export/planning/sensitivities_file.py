@@ -10,12 +10,14 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, ValidationError
 
+from dkm_export import __version__
 from dkm_export.errors import InvalidInput
 from dkm_export.files import staged
 from dkm_export.planning.candidates import Candidate, Setting
 from dkm_export.planning.sensitivity import (
     Calibration,
     Progress,
+    divergence_of_a_push,
     measured_errors,
     predicted_errors,
 )
@@ -33,13 +35,13 @@ class LayerErrors(Frozen):
     """Of one layer.
 
     Attributes:
-        importance: multiplies all its errors; 1 until somebody knows better.
+        factor: multiplies all its errors; 1 until somebody knows better.
         axis: of the recipe's rule, along which its vectors lie.
         lut: of the recipe's rule.
         errors: by setting, as ``4/2``: the increase of the divergence from the float model.
     """
 
-    importance: NotNegative = 1.0
+    factor: NotNegative = 1.0
     axis: int
     lut: Lut
     errors: dict[str, NotNegative]
@@ -64,7 +66,7 @@ class Sensitivities(Frozen):
         if setting is None:
             return 0.0
         entry = self.layers[layer.name]
-        return entry.importance * entry.errors[str(setting)]
+        return entry.factor * entry.errors[str(setting)]
 
 
 def sensitivities(
@@ -92,8 +94,8 @@ def sensitivities(
     mark = _fingerprint(calibration)
     if known and known.fingerprint != mark:
         raise InvalidInput(
-            f"{file}: its sensitivities are of other weights or inputs: name another file, or "
-            "remove this one"
+            f"{file}: its sensitivities are of another model, task, data or version of this "
+            "program: name another file, or remove this one"
         )
     entries = dict(known.layers) if known else {}
     wanted = []
@@ -148,9 +150,16 @@ def read_sensitivities(file: Path, method: Method) -> Sensitivities | None:
 
 
 def _fingerprint(calibration: Calibration) -> str:
-    """Of all that the errors depend on."""
-    digest = hashlib.sha256(f"{calibration.seed} {calibration.about}".encode())
+    """Of all that the errors depend on.
+
+    What the model and the divergence compute is told by rounded numbers, as machines differ.
+    """
+    behaviour = [*calibration.scales, divergence_of_a_push(calibration)]
+    about = f"{__version__} {calibration.seed} {calibration.about}"
+    digest = hashlib.sha256(" ".join([about, *(f"{x:.3g}" for x in behaviour)]).encode())
     tensors = [*calibration.model.state_dict().values(), *(calibration.importance or {}).values()]
     for tensor in (*tensors, *(tensor for batch in calibration.inputs for tensor in batch)):
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        content = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{content.dtype} {list(tensor.shape)}".encode())
+        digest.update(content.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
