@@ -29,6 +29,7 @@ from benchmarks.measuring import PeakMemory, machine, table, write_report
 from benchmarks.minilm import TEST_PACKAGES, TRAIN_PACKAGES, recipe_of, sentences
 from benchmarks.networks import without_data
 from dkm_export.checkpoint import save_checkpoint
+from dkm_export.errors import Unsupported
 from dkm_export.exporting.export import choose_targets, export
 from dkm_export.palettized import PalettizedModel
 from dkm_export.planning.candidates import DEFAULT_SETTINGS
@@ -168,7 +169,10 @@ def compare(make: Callable[[Path, int], Recipe], seed: int) -> list[Row]:
             ]
             sizes = {"onnx": (exported_bytes(metrics[-1][0], "onnx"), budget)}
             for target in TARGETS[1:] if seed == SEEDS[0] else ():
-                budget, planned = planned_for(target, spec)
+                try:
+                    budget, planned = planned_for(target, spec)
+                except Unsupported:  # the uniform recipe
+                    continue
                 without, _ = compressed(recipe, planned, trained=False)
                 sizes[target] = exported_bytes(without, target), budget
             values = tuple(metric for _, metric in metrics)
@@ -207,12 +211,7 @@ def accuracy(make: Callable[[Path, int], Recipe], facts: str) -> tuple[str, list
             (
                 setting,
                 f"{rows[0].sizes['onnx'][1]:,} B",
-                *(
-                    f"{min(used[x]):.2f}..{max(used[x]):.2f} %"
-                    if len(used[x]) > 1
-                    else f"{used[x][0]:.2f} %"
-                    for x in TARGETS
-                ),
+                *(_range(used[target]) for target in TARGETS),
                 *(f"{mean(c):.2f} ({min(c):.2f}..{max(c):.2f})" for c in columns),
             )
         )
@@ -226,6 +225,13 @@ def accuracy(make: Callable[[Path, int], Recipe], facts: str) -> tuple[str, list
         "plan, fine-tuned",
     )
     return f"{facts}\n\n{table(header, lines)}", problems
+
+
+def _range(shares: Sequence[float]) -> str:
+    if not shares:
+        return "cannot hold the uniform recipe"
+    ends = dict.fromkeys(f"{share:.2f}" for share in (min(shares), max(shares)))
+    return f"{'..'.join(ends)} %"
 
 
 def glyphs_section() -> tuple[str, list[str]]:
