@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from dkm_export.exporting.export import choose_targets
+from dkm_export.planning.allocation import Options
+from dkm_export.planning.candidates import candidates, spec_of
+from dkm_export.planning.costs import Costs
+from dkm_export.planning.mockup import artifact_bytes, mock_up
+from dkm_export.training.recipe import load_recipe
 from tests.commands import Dkm
 from tests.compiler import needs_compiler
+from tests.zoo import convolutions
 
 pytestmark = needs_compiler
 
@@ -88,6 +96,28 @@ def test_all_targets_at_once_keep_to_the_budget(
     report = tmp_path / "report.md"
     assert dkm("report", tmp_path / "out", "--plan", printed, "-o", report)[0] == 0
     assert "this plan" in report.read_text()
+
+
+def test_what_decoders_take_is_known(recipe: Path) -> None:
+    """ONNX files of all kinds of plans differ by what is predicted, to a few hundred bytes."""
+    asked, targets = load_recipe(recipe), choose_targets(["onnx"])
+    model, spec = convolutions().eval(), asked.compression
+    layers = candidates(model, spec, (), (), targets)
+    options = [
+        Options([layer.nbytes(x) for x in layer.settings], [0.0] * len(layer.settings))
+        for layer in layers
+    ]
+    costs = Costs.of(layers, options, targets)
+    random = Random(0)
+    rest = []
+    for same in (True, True, False, False, False, False):
+        first = random.randrange(8)
+        choices = [first if same else random.randrange(len(x.settings)) for x in layers]
+        settings = {x.name: x.settings[i] for x, i in zip(layers, choices, strict=True)}
+        mock = mock_up(model, asked.source(), spec_of(settings, layers, spec))
+        size = artifact_bytes(mock, targets, verbose=False)["onnx"]
+        rest.append(size - costs.allocation(choices).cost)
+    assert max(rest) - min(rest) < 300
 
 
 def test_an_older_core_ml_gets_what_it_can_hold(dkm: Dkm, recipe: Path) -> None:

@@ -78,6 +78,8 @@ def _decoders(names: Sequence[str], layout: Layout, bits: int, functions: bool) 
     graph = ir.Graph([], outputs, nodes=nodes, initializers=values, opset_imports={"": 18})
     model = ir.Model(graph, ir_version=8)
     insert_decoders(model, dict.fromkeys(names, palette), functions=functions)
+    for node in model.graph:
+        node.name = node.name or "node_10"  # as a file's nodes are numbered
     return model
 
 
