@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dkm_export.text import visible
+
 STATUS = "status"
 """Header of the column that holds the outcome of checks, in words."""
 
@@ -49,7 +51,7 @@ class Table:
 
 def markdown(text: str) -> str:
     """Text on one line that Markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", visible(" ".join(text.split())))
 
 
 def number(value: float | None, form: str) -> str:

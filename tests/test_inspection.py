@@ -208,13 +208,19 @@ def test_names_do_not_control_the_terminal(
 ) -> None:
     artifact, exporter = package
     tensor = StoredTensor("a\x1b[2Jb", (), "float32", reason="why\n\x07")
-    describe = lambda artifact: Description(exporter.files(artifact), [tensor])  # noqa: E731
+    unread = {"data\x1b[2J\nfile: 1 B": 12}
+    describe = lambda artifact: Description(  # noqa: E731
+        exporter.files(artifact), [tensor], unread=unread
+    )
     monkeypatch.setattr(exporter, "describe", describe)
     assert main(["inspect", str(artifact)]) == 0
     out = capsys.readouterr().out
     assert "a?[2Jb" in out
+    assert "not taken apart: data?[2J?file: 1 B, 12 B" in out
     assert "\x1b" not in out
     assert "\x07" not in out
+    assert main(["inspect", str(artifact), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["not_taken_apart"] == unread
 
 
 def test_totals_are_printed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,12 +138,7 @@ def test_what_was_not_given_is_not_claimed(inputs: Inputs) -> None:
 
 
 def test_a_check_of_one_artifact_is_no_check_of_all(inputs: Inputs, tmp_path: Path) -> None:
-    data = json.loads(inputs.check.read_text())
-    data["artifacts"] = data["artifacts"][1:]
-    data["runtimes"] = [x for x in data["runtimes"] if x["target"] == "onnx"]
-    file = tmp_path / "check.json"
-    file.write_text(json.dumps(data))
-    content = gather(read_sources(inputs.out, check=file))
+    content = gather(read_sources(inputs.out, check=_check_of(inputs, tmp_path, "onnx")))
     assert [target.checked for target in content.targets] == [None, "pass"]
     assert "not checked: coreml/a_b.coreml" in {entry.what for entry in content.missing}
     assert "| coreml | coreml/a\\_b.coreml | 12,000 | 5.6x | - | **not checked** |" in markdown(
@@ -169,8 +164,10 @@ def test_nothing_in_a_file_becomes_markup(hostile: Inputs) -> None:
         "torch",
     ):
         assert f"{word}\n{HOSTILE}\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}" in found.text
-    assert "\x1b" not in page
-    assert "\u202e" not in page
+    assert "top-1 %" in text
+    for written in (page, text):
+        assert "\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}" in written
+        assert not re.search("[\x1b\u202e]", written)
     assert not re.search(r"(?<!\\)<(?!/?(details|summary)>)", text)
     assert not re.search(r"(?<!\\)(\[a|&amp;)", text)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
@@ -205,6 +202,30 @@ def test_the_verb(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["report", str(inputs.out), "-o", str(text)]) == 2
     assert "exists: name another output or pass --force" in capsys.readouterr().err
     assert main(["report", str(inputs.out), "-o", str(text), "--force"]) == 0
+
+
+def test_a_path_in_a_manifest_does_not_control_the_terminal(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(inputs.out, out)
+    path = "onnx/\x1b[2Ja\nreport: all passed"
+    _edit(out / "manifest.json", lambda data: data["artifacts"][1].update(path=path))
+    file = _check_of(inputs, tmp_path, "coreml")
+    assert main(["report", str(out), "--check", str(file), "-o", str(tmp_path / "r.md")]) == 0
+    assert "not in it: not checked: onnx/?[2Ja?report: all passed: " in capsys.readouterr().out
+
+
+def _check_of(inputs: Inputs, folder: Path, target: str) -> Path:
+    """The check of one artifact alone."""
+    report = read_report(inputs.check)
+    parts = {
+        key: tuple(x for x in getattr(report, key) if x.target == target)
+        for key in ("artifacts", "runtimes")
+    }
+    file = folder / "check.json"
+    file.write_text(json.dumps(report.model_copy(update=parts).to_json()))
+    return file
 
 
 def _edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
