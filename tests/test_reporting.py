@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,11 @@ def _of(file: str, change: Callable[[dict[str, Any]], None]) -> Callable[[Inputs
     return lambda inputs: _edit(inputs.run.parent / file, change)
 
 
+def _set_logits(key: str, value: float, check: dict[str, Any]) -> None:
+    """Change what one runtime's output was measured as."""
+    check["runtimes"][2]["fidelity"]["logits"][key] = value
+
+
 def _cut(file: str) -> Callable[[Inputs], None]:
     def cut(inputs: Inputs) -> None:
         path = inputs.run.parent / file
@@ -267,6 +273,29 @@ def _other_checkpoint(inputs: Inputs) -> None:
         (
             _of("check.json", lambda x: x["runtimes"][3].update(status="fail")),
             "was changed since `dkm check`",
+        ),
+        (
+            _of("check.json", lambda x: x["runtimes"][3].update(target="ort")),
+            "'the whole': runtime onnxruntime is of target 'ort', and the artifacts are: coreml, ",
+        ),
+        (
+            _of("check.json", lambda x: x["runtimes"][3]["limits"]["sources"].update(x="y")),
+            "sources.x.[key]': Input should be 'relative_l2', 'rtol', 'atol' or 'sqnr_db'",
+        ),
+        (
+            _of("check.json", lambda x: x["runtimes"][3].update(limits=None)),
+            "'runtimes.3': 'limits' and 'numeric_class' are of what ran: give both or none",
+        ),
+        (
+            _of("check.json", lambda x: x["runtimes"][3].update(limits=None, numeric_class=None)),
+            "'runtimes.3': without 'limits' there are no 'fidelity' and no 'predictions'",
+        ),
+        *(
+            (
+                _of("check.json", partial(_set_logits, key, -1)),
+                f"runtimes.2.fidelity.logits.{key}': Input should be greater than or equal to 0",
+            )
+            for key in ("max_abs", "relative_l2", "outside", "nonfinite")
         ),
         (_of("check.json", lambda x: x.update(more=1)), "'more': unknown key, allowed: "),
         (_of("check.json", lambda x: x.update(error={})), "no report of a check: give a file of"),
@@ -362,6 +391,20 @@ def test_an_exact_output_and_one_that_is_not_finite_stay_apart_in_json(inputs: I
     (broken,) = runtimes["onnxruntime-aarch64"].fidelity.values()
     assert (exact.relative_l2, exact.sqnr_db) == (0, None)
     assert (broken.max_abs, broken.relative_l2, broken.sqnr_db) == (np.inf, np.inf, -np.inf)
+
+
+@pytest.mark.parametrize("error", [5e-324, 1e-323, 1.7e308])
+def test_an_error_of_any_size_has_a_place_on_the_scale(
+    error: float, inputs: Inputs, tmp_path: Path
+) -> None:
+    file = tmp_path / "check.json"
+    shutil.copy(inputs.check, file)
+    _edit(file, partial(_set_logits, "relative_l2", error))
+    page = html(gather(read_sources(inputs.out, check=file)))
+    places = [float(x) for x in re.findall(r'"left:(.+?)%"', page)]
+    assert len(places) >= 6
+    assert all(0 <= place <= 100 for place in places)
+    assert f"{error:.1e}" in page
 
 
 def test_weights_are_counted_by_centroid() -> None:
