@@ -15,6 +15,7 @@ import pytest
 from dkm_export.checking.report import read_report
 from dkm_export.cli.main import main
 from dkm_export.files import CHECKPOINT, METRICS
+from dkm_export.manifest import FileEntry
 from dkm_export.palette import Layout, Palette
 from dkm_export.reporting.axes import Axis, counts, labels, signed, size, sizes
 from dkm_export.reporting.content import Content, gather
@@ -252,6 +253,19 @@ def _cut(file: str) -> Callable[[Inputs], None]:
     return cut
 
 
+def _fail_structure(artifact: dict[str, Any], path: str | None = None, **file: object) -> None:
+    """Make it a check that found another file than the manifest's."""
+    artifact["findings"][0]["status"] = "fail"
+    artifact["path"] = path or artifact["path"]
+    artifact["files"][0].update(file)
+
+
+def _link_out(inputs: Inputs) -> None:
+    artifact, secret = inputs.out / "onnx" / "a_b.onnx", inputs.out.parent / "secret"
+    artifact.rename(secret)
+    artifact.symlink_to(secret)
+
+
 def _other_checkpoint(inputs: Inputs) -> None:
     other = inputs.run / CHECKPOINT
     other.write_bytes(other.read_bytes() + b"\0")
@@ -269,6 +283,15 @@ def _other_checkpoint(inputs: Inputs) -> None:
             _of("check.json", lambda x: x["artifacts"][1]["files"][0].update(sha256="cd" * 32)),
             "onnx/a_b.onnx is of another export there: check this one",
         ),
+        (
+            _of("check.json", lambda x: _fail_structure(x["artifacts"][1], sha256="cd" * 32)),
+            "onnx/a_b.onnx is of another export there: check this one",
+        ),
+        (
+            _of("check.json", lambda x: _fail_structure(x["artifacts"][1], "onnx/b.onnx")),
+            "onnx/b.onnx is of another export there: check this one",
+        ),
+        (_link_out, "out: 'a_b.onnx' leads out of its folder: remove it"),
         (_of("check.json", lambda x: x.update(exit_code=0)), "was changed since `dkm check`"),
         (
             _of("check.json", lambda x: x["runtimes"][3].update(status="fail")),
@@ -370,6 +393,18 @@ def test_files_that_changed_are_said_to_have(inputs: Inputs, tmp_path: Path) -> 
         "coreml/a_b.coreml": "as exported",
         "onnx/a_b.onnx": "changed since the export",
     }
+
+
+def test_a_check_that_found_a_damaged_file_is_of_that_file(inputs: Inputs, tmp_path: Path) -> None:
+    out, check = tmp_path / "out", tmp_path / "check.json"
+    shutil.copytree(inputs.out, out)
+    shutil.copy(inputs.check, check)
+    (out / "onnx" / "a_b.onnx").write_bytes(b"damaged")
+    entry = FileEntry.of(out / "onnx" / "a_b.onnx", out).model_dump()
+    _edit(check, lambda x: _fail_structure(x["artifacts"][1], **entry))
+    content = gather(read_sources(out, check=check))
+    assert content.targets[1].checked == "fail"
+    assert content.files[-1].state == "changed since the export"
 
 
 def test_a_run_without_metrics_or_epochs(inputs: Inputs, tmp_path: Path) -> None:
