@@ -14,6 +14,7 @@ import pytest
 
 from dkm_export.checking.report import read_report
 from dkm_export.cli.main import main
+from dkm_export.errors import InvalidInput
 from dkm_export.files import CHECKPOINT, METRICS
 from dkm_export.manifest import FileEntry
 from dkm_export.palette import Layout, Palette
@@ -405,6 +406,16 @@ def test_a_check_that_found_a_damaged_file_is_of_that_file(inputs: Inputs, tmp_p
     content = gather(read_sources(out, check=check))
     assert content.targets[1].checked == "fail"
     assert content.files[-1].state == "changed since the export"
+    (out / "onnx" / "a_b.onnx").rename(out / "onnx" / "a_b.data")
+    beside = entry | {"path": "onnx/a_b.data"}
+    _edit(out / "manifest.json", lambda x: x["artifacts"][1]["files"].append(beside))
+    with pytest.raises(InvalidInput, match="of another export there"):
+        read_sources(out, check=check)
+    _edit(check, lambda x: x["artifacts"][1].update(files=[]))
+    assert gather(read_sources(out, check=check)).files[-2].state == "missing"
+    shutil.copy(inputs.out / "onnx" / "a_b.onnx", out / "onnx")
+    with pytest.raises(InvalidInput, match="of another export there"):
+        read_sources(out, check=check)
 
 
 def test_a_run_without_metrics_or_epochs(inputs: Inputs, tmp_path: Path) -> None:

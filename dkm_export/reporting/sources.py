@@ -130,6 +130,8 @@ def _is_of(checked: ArtifactReport, exported: Artifact, root: Path) -> bool:
         return True
     if not any(x.check == "structure" and x.status is Status.FAIL for x in checked.findings):
         return False
+    if not checked.files:  # where there is no artifact, a check lists nothing beside it either
+        return not (root / exported.path).exists()
     paths = {entry.path for entry in (*exported.files, *checked.files)}
     return set(_measure(paths, root)) - {None} == set(checked.files)
 
