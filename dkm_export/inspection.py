@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import zipfile
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+import torch
 
 from dkm_export.checkpoint import SUFFIX, find_checkpoint, load_checkpoint
 from dkm_export.errors import InvalidInput, Unsupported
@@ -148,7 +151,10 @@ def _stored(model: PalettizedModel) -> Iterator[StoredTensor]:
         yield stored_palette(name, palette)
     for name, tensor in model.dense.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
-        yield StoredTensor(name, tuple(tensor.shape), dtype, value_bytes=tensor.nbytes)
+        values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = hashlib.sha256(values.data).hexdigest()
+        size = tensor.nbytes
+        yield StoredTensor(name, tuple(tensor.shape), dtype, value_bytes=size, digest=digest)
 
 
 class _Counter(io.RawIOBase):
