@@ -149,6 +149,18 @@ def test_a_check_of_one_artifact_is_no_check_of_all(inputs: Inputs, tmp_path: Pa
     )
 
 
+def test_a_passing_file_with_a_failing_runtime_has_no_passing_status(inputs: Inputs) -> None:
+    content = _gather(inputs)
+    page, text = html(content), markdown(content)
+    assert "| what | file | bytes | ratio to fp32 | at most | file and size |\n" in text
+    assert "| onnx | onnx/a\\_b.onnx | 8,000 | 8.4x | - | pass |\n" in text
+    assert "| onnxruntime-aarch64 | **fail** | aarch64, emulated, " in text
+    sizes = page[page.index("Every byte count") :].partition("</table>")[0]
+    assert ">file and size<" in sizes
+    assert ">status<" not in sizes
+    assert sizes.count('class="badge pass"') == 2
+
+
 def test_nothing_in_a_file_becomes_markup(hostile: Inputs) -> None:
     content = _gather(hostile)
     page, text = html(content), markdown(content)
