@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,7 @@ from dkm_export.errors import InvalidInput
 from dkm_export.files import CHECKPOINT, METRICS
 from dkm_export.manifest import FileEntry
 from dkm_export.palette import Layout, Palette
+from dkm_export.references import TaskSource
 from dkm_export.reporting.axes import Axis, counts, labels, signed, size, sizes
 from dkm_export.reporting.content import Content, gather
 from dkm_export.reporting.html import html
@@ -406,6 +408,22 @@ def test_files_that_changed_are_said_to_have(inputs: Inputs, tmp_path: Path) -> 
         "coreml/a_b.coreml": "as exported",
         "onnx/a_b.onnx": "changed since the export",
     }
+    about = "as it is now; of one that is missing, or was not read, as it was recorded"
+    assert about in _Reader(html(gather(read_sources(out)))).text
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        (None, "the model has no task"),
+        (TaskSource(factory="a:b"), "the task was not evaluated when the model was compressed"),
+    ],
+)
+def test_why_there_is_no_metric(task: TaskSource | None, reason: str, inputs: Inputs) -> None:
+    content = _gather(inputs)
+    source = content.model.source.model_copy(update={"task": task})
+    content = replace(content, model=replace(content.model, source=source), hard=None)
+    assert f"Metricnot measured{reason}" in _Reader(html(content)).text
 
 
 def test_a_check_that_found_a_damaged_file_is_of_that_file(inputs: Inputs, tmp_path: Path) -> None:
