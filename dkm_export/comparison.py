@@ -29,6 +29,7 @@ class Change:
         palette: how its LUT and indices differ, `SAME`, or None where not both sides have a
             palette of the same layout that is known bit for bit.
         differences: what else does, in words.
+        compared: whether all values of both sides are known, and so were compared.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Change:
     after: StoredTensor | None
     palette: str | None = None
     differences: tuple[str, ...] = ()
+    compared: bool = False
 
     @property
     def changed(self) -> bool:
@@ -56,7 +58,8 @@ class Change:
 def compare(before: Inspection, after: Inspection) -> list[Change]:
     """Every tensor of both files, in their order; the same name is the same tensor.
 
-    Values are compared where both files have a palette, and nowhere else.
+    Values are compared where they are known on both sides: those of palettes, and dense tensors of
+    checkpoints.
     """
     sides = [{tensor.name: tensor for tensor in x.description.tensors} for x in (before, after)]
     names = dict.fromkeys((*sides[0], *sides[1]))
@@ -79,10 +82,27 @@ def _change(
     if before is None or after is None:
         return Change(name, before, after)
     old, new = palettes
-    palette = None
+    palette, same = None, None
+    differences = list(_differences(before, after))
     if old is not None and new is not None and _form(old) == _form(new):
         palette = old.difference(new) or SAME
-    return Change(name, before, after, palette, tuple(_differences(before, after)))
+        same = _same_scales((before, after), (old, new))
+        differences += ["scales differ"] if same is False else []
+    elif before.digest is not None and after.digest is not None:
+        same = before.digest == after.digest
+        differences += [] if same or differences else ["values differ"]
+    return Change(name, before, after, palette, tuple(differences), compared=same is not None)
+
+
+def _same_scales(
+    sides: tuple[StoredTensor, StoredTensor], palettes: tuple[Palette, Palette]
+) -> bool | None:
+    """Whether the scales are the same; None where not both are known."""
+    old, new = (palette.scale for palette in palettes)
+    if old is not None and new is not None:
+        return old.shape == new.shape and old.tobytes() == new.tobytes()
+    nothing = old is None and new is None and not any(side.scale_bytes for side in sides)
+    return True if nothing else None
 
 
 def _form(palette: Palette) -> tuple[int, Layout]:

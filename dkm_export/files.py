@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -105,6 +105,22 @@ def require_replaceable(
             f"{target} holds more than what dkm wrote, which --force does not replace: "
             "remove it first"
         )
+
+
+def require_inside(path: Path, files: Iterable[Path]) -> None:
+    """Refuse links out of a folder: what they lead to is none of its files.
+
+    Args:
+        path: the folder, or a file in it, which itself may be a link.
+        files: that have to be in it.
+
+    Raises:
+        InvalidInput: naming the first that is not.
+    """
+    folder = (path if path.is_dir() else path.parent).resolve()
+    for file in files:
+        if file != path and not file.resolve().is_relative_to(folder):
+            raise InvalidInput(f"{path}: '{file.name}' leads out of its folder: remove it")
 
 
 def sha256(file: Path) -> str:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
 from dkm_export.checkpoint import SUFFIX, find_checkpoint, load_checkpoint
 from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.exporting.description import Description, StoredTensor, stored_palette
 from dkm_export.exporting.exporter import Exporter
+from dkm_export.files import require_inside
 from dkm_export.plugins import EXPORTERS, discover
 from dkm_export.quiet import quiet
 from dkm_export.sizing import Account, DenseSize, account_sizes
@@ -135,7 +139,7 @@ def inspect(path: Path, *, verbose: bool = False) -> Inspection:
             raise InvalidInput(f"{path}: unknown kind of file, known: {known}")
         model = load_checkpoint(path)
         found = Inspection(path, Description([path], list(_stored(model)), model.palettes))
-    _require_inside(path, found.description.files)
+    require_inside(path, found.description.files)
     if min(found.totals.values()) < 0:
         raise InvalidInput(f"{path}: claims to hold more bytes than there are: export it again")
     return found
@@ -147,15 +151,10 @@ def _stored(model: PalettizedModel) -> Iterator[StoredTensor]:
         yield stored_palette(name, palette)
     for name, tensor in model.dense.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
-        yield StoredTensor(name, tuple(tensor.shape), dtype, value_bytes=tensor.nbytes)
-
-
-def _require_inside(path: Path, files: Sequence[Path]) -> None:
-    """Refuse links out of the folder of the artifact: what they lead to is none of its files."""
-    folder = (path if path.is_dir() else path.parent).resolve()
-    for file in files:
-        if file != path and not file.resolve().is_relative_to(folder):
-            raise InvalidInput(f"{path}: '{file.name}' leads out of its folder: remove it")
+        values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = hashlib.sha256(values.data).hexdigest()
+        size = tensor.nbytes
+        yield StoredTensor(name, tuple(tensor.shape), dtype, value_bytes=size, digest=digest)
 
 
 class _Counter(io.RawIOBase):

@@ -6,8 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dkm_export.text import visible
+
 STATUS = "status"
 """Header of the column that holds the outcome of checks, in words."""
+FILE_STATUS = "file and size"
+"""The same of the checks of an artifact's files alone: no runtime has a say in it."""
+STATUSES = (STATUS, FILE_STATUS)
 
 _CALM = ("pass", "-")
 
@@ -43,13 +48,13 @@ class Table:
         lines = [list(map(markdown, self.header)), rules]
         for row in self.rows:
             named = zip(self.header, row, strict=True)
-            lines.append([_status(x) if name == STATUS else markdown(x) for name, x in named])
+            lines.append([_status(x) if name in STATUSES else markdown(x) for name, x in named])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def markdown(text: str) -> str:
     """Text on one line that Markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", visible(" ".join(text.split())))
 
 
 def number(value: float | None, form: str) -> str:

@@ -70,6 +70,13 @@ def write_inputs(
     return Inputs(run, out, check, plan)
 
 
+def edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the object in a JSON file."""
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
 def _model(rename: Callable[[str], str]) -> PalettizedModel:
     """Palettes with and without groups, of scalars and of vectors, and metrics."""
     factory, inputs, rules = CASES["wide"]

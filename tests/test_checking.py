@@ -47,6 +47,15 @@ def test_figures_are_what_they_say() -> None:
     assert fidelity.outside == 1
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_a_norm_beyond_float64_hides_no_error() -> None:
+    large = np.array([1e200, 1.0])
+    for wrong in (np.array([1e200, 1e100]), -large):
+        found = compare(large, wrong, FP32)
+        assert (found.relative_l2, found.cosine) == (np.inf, 0)
+    assert compare(large, large, FP32).relative_l2 == 0
+
+
 def test_predictions_may_differ_only_in_ties() -> None:
     reference = np.array([[1.0, 0.0], [1.0, 1.0 - 1e-7]])
     swapped = reference[:, ::-1]

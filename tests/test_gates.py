@@ -326,7 +326,7 @@ def test_the_summary() -> None:
     assert lines[:8] == [
         r"## a\_b: failed (exit code 3)",
         "",
-        "- **error** crashes, run: Boom: \x1b\\[31m",
+        "- **error** crashes, run: Boom: \N{REPLACEMENT CHARACTER}\\[31m",
         "- **fail** onnx file, size: 9 B, at most 5 B",
         r"- **fail** bad, fidelity: logits: 100% \*wrong\*",
         "- **not run** phone, phone-gpu, run: no phone",

@@ -15,7 +15,7 @@ from dkm_export.cli.main import main
 from dkm_export.comparison import SAME, compare
 from dkm_export.errors import InvalidInput
 from dkm_export.exporting import Description, Exporter, NoOptions, StoredTensor
-from dkm_export.exporting.description import distinct
+from dkm_export.exporting.description import distinct, stored_palette
 from dkm_export.inspection import Inspection, inspect
 from dkm_export.palette import Palette
 from dkm_export.palettized import PalettizedModel
@@ -201,6 +201,55 @@ def test_the_difference_is_shown_and_is_no_failure(
     assert json.loads(capsys.readouterr().out)["changes"] == {}
 
 
+def test_dense_values_of_checkpoints_are_compared(
+    model: PalettizedModel, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *others = (key for key, tensor in model.dense.items() if tensor.is_floating_point())
+    dense = {**model.dense, name: model.dense[name] + 1}
+    other = saved(replace(model, dense=dense), tmp_path)
+    assert main(["inspect", str(checkpoint), "--diff", str(other), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {key: x["differences"] for key, x in found["changes"].items()} == {
+        name: ["values differ"]
+    }
+    assert {LAYER, *others} <= set(found["identical"])
+    assert found["values_not_compared"] == []
+
+
+def test_what_is_not_compared_is_not_called_identical(
+    model: PalettizedModel,
+    package: tuple[Path, Packages],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    artifact, exporter = package
+    plain = model.palettes[LAYER]
+    one, two = (replace(plain, scale=np.full((1, 1), x, np.float32)) for x in (1, 2))
+    before, after = ({"same": one, "unknown": plain, "other": other} for other in (one, two))
+    tensors = [stored_palette(name, palette, scale_bytes=4) for name, palette in before.items()]
+    tensors += [StoredTensor("bias", (2,), "float32", value_bytes=8)]
+    tensors += [StoredTensor("line.int8", (2,), "int8 per channel", 8, value_bytes=2)]
+    sides = [Description(exporter.files(artifact), tensors, each) for each in (before, after)]
+    described = iter(2 * sides)
+    monkeypatch.setattr(exporter, "describe", lambda artifact: next(described))
+    for options in ([], ["--json"]):
+        assert main(["inspect", str(artifact), "--diff", str(artifact), *options]) == 0
+    lines, brace, document = capsys.readouterr().out.partition("{")
+    found = json.loads(brace + document)
+    assert {key: x["differences"] for key, x in found["changes"].items()} == {
+        "other": ["scales differ"]
+    }
+    assert found["identical"] == ["same"]
+    assert found["values_not_compared"] == ["unknown", "bias", "line.int8"]
+    for line in (
+        "layers without a difference: 1",
+        "layers alike, but values not compared: 2",
+        "dense tensors without a difference: 0",
+        "dense tensors alike, but values not compared: 1",
+    ):
+        assert line in lines.splitlines()
+
+
 def test_names_do_not_control_the_terminal(
     package: tuple[Path, Packages],
     monkeypatch: pytest.MonkeyPatch,
@@ -208,13 +257,19 @@ def test_names_do_not_control_the_terminal(
 ) -> None:
     artifact, exporter = package
     tensor = StoredTensor("a\x1b[2Jb", (), "float32", reason="why\n\x07")
-    describe = lambda artifact: Description(exporter.files(artifact), [tensor])  # noqa: E731
+    unread = {"data\x1b[2J\nfile: 1 B": 12}
+    describe = lambda artifact: Description(  # noqa: E731
+        exporter.files(artifact), [tensor], unread=unread
+    )
     monkeypatch.setattr(exporter, "describe", describe)
     assert main(["inspect", str(artifact)]) == 0
     out = capsys.readouterr().out
     assert "a?[2Jb" in out
+    assert "not taken apart: data?[2J?file: 1 B, 12 B" in out
     assert "\x1b" not in out
     assert "\x07" not in out
+    assert main(["inspect", str(artifact), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["not_taken_apart"] == unread
 
 
 def test_totals_are_printed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,8 @@ class Gates:
         limits = dict(self.limits)
         for numeric_class, changes in settings.limits.items():
             named = changes.model_dump(exclude_none=True)
-            sources = {**limits[numeric_class].sources, **dict.fromkeys(named, source)}
+            sources = dict[str, str](limits[numeric_class].sources.items())
+            sources |= dict.fromkeys(named, source)
             limits[numeric_class] = limits[numeric_class].model_copy(
                 update={**named, "sources": sources}
             )

@@ -6,6 +6,7 @@ from collections import Counter
 from xml.etree import ElementTree
 
 from dkm_export.checking.report import Report, Status
+from dkm_export.text import printable
 
 _ELEMENT = {Status.FAIL: "failure", Status.ERROR: "error", Status.NOT_RUN: "skipped"}
 
@@ -21,9 +22,9 @@ def junit_xml(report: Report) -> bytes:
                 suite, "testcase", classname=owner, name=f"{number} {case.check}"
             )
             if case.status is Status.PASS:
-                ElementTree.SubElement(element, "system-out").text = _printable(case.message)
+                ElementTree.SubElement(element, "system-out").text = printable(case.message)
             else:
-                message = _printable(case.message)
+                message = printable(case.message)
                 ElementTree.SubElement(element, _ELEMENT[case.status], message=message)
     if report.missing:
         count = len(report.missing)
@@ -34,11 +35,6 @@ def junit_xml(report: Report) -> bytes:
     ElementTree.indent(root)
     xml: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return xml + b"\n"
-
-
-def _printable(text: str) -> str:
-    """XML has no control characters, and a runtime's message may hold any."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _suite(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,14 @@ Measured = Annotated[
     BeforeValidator(lambda value: np.inf if value is None else value),
     WithJsonSchema({"type": ["number", "null"]}, mode="serialization"),
 ]
+_Error = Annotated[
+    Measured,
+    Field(ge=0),
+    WithJsonSchema({"type": ["number", "null"], "minimum": 0}, mode="serialization"),
+]
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
 
+LimitName = Literal["relative_l2", "rtol", "atol", "sqnr_db"]
 BUILT_IN = "built-in"
 
 
@@ -39,8 +46,8 @@ class Limits(Frozen):
     rtol: NotNegative
     atol: NotNegative
     sqnr_db: FiniteFloat
-    sources: dict[str, str] = Field(
-        default_factory=lambda: dict.fromkeys(("relative_l2", "rtol", "atol", "sqnr_db"), BUILT_IN)
+    sources: dict[LimitName, str] = Field(
+        default_factory=lambda: dict.fromkeys(get_args(LimitName), BUILT_IN)
     )
 
     def tolerance(self, reference: FloatArray, axis: int | None = None) -> FloatArray:
@@ -51,7 +58,7 @@ class Limits(Frozen):
         )
         return allowed
 
-    def set_by(self, *names: str) -> str:
+    def set_by(self, *names: LimitName) -> str:
         """Where these limits come from, in brackets, unless they are the built-in ones."""
         sources = sorted({self.sources[name] for name in names} - {BUILT_IN})
         return f" ({', '.join(sources)})" if sources else ""
@@ -78,12 +85,12 @@ class Fidelity(Frozen):
         nonfinite: elements that are NaN or infinite, here or in the reference.
     """
 
-    max_abs: Measured
-    relative_l2: Measured
+    max_abs: _Error
+    relative_l2: _Error
     sqnr_db: float | None
     cosine: float
-    outside: int
-    nonfinite: int
+    outside: _Count
+    nonfinite: _Count
 
     @model_validator(mode="before")
     @classmethod
@@ -109,13 +116,14 @@ def compare(reference: npt.NDArray[Any], output: npt.NDArray[Any], limits: Limit
         )
     error = actual - expected
     signal, noise = float(np.linalg.norm(expected)), float(np.linalg.norm(error))
-    relative = noise / signal if signal else (np.inf if noise else 0.0)
+    # a norm of 0, or one beyond float64, has no ratio
+    relative = noise / signal if 0 < signal < np.inf else (np.inf if noise else 0.0)
     norms = signal * float(np.linalg.norm(actual))
     return Fidelity(
         max_abs=float(np.abs(error).max(initial=0.0)),
         relative_l2=relative,
         sqnr_db=float(-20 * np.log10(relative)) if relative else None,
-        cosine=float(np.vdot(expected, actual)) / norms if norms else 0.0,
+        cosine=float(np.vdot(expected, actual)) / norms if 0 < norms < np.inf else 0.0,
         outside=int((np.abs(error) > limits.tolerance(expected)).sum()),
         nonfinite=nonfinite,
     )

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, computed_field
+from pydantic import Field, computed_field, model_validator
 
 from dkm_export.checking.gates import Threshold
 from dkm_export.checking.metrics import Fidelity, Limits, Measured
@@ -103,6 +103,14 @@ class RuntimeReport(Frozen):
     predictions: Fidelity | None = None
     metric: float | None = None
 
+    @model_validator(mode="after")
+    def _measured_within_limits(self) -> Self:
+        if (self.limits is None) is not (self.numeric_class is None):
+            raise ValueError("'limits' and 'numeric_class' are of what ran: give both or none")
+        if self.limits is None and (self.fidelity or self.predictions):
+            raise ValueError("without 'limits' there are no 'fidelity' and no 'predictions'")
+        return self
+
     @computed_field  # type: ignore[prop-decorator]
     @property
     def status(self) -> Status:
@@ -142,6 +150,17 @@ class Report(Frozen):
     runtimes: tuple[RuntimeReport, ...]
     required: tuple[str, ...]
     selected: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _runtimes_of_the_artifacts(self) -> Self:
+        targets = [artifact.target for artifact in self.artifacts]
+        for runtime in self.runtimes:
+            if runtime.target not in targets:
+                raise ValueError(
+                    f"runtime {runtime.runtime} is of target '{runtime.target}', and the artifacts "
+                    f"are: {', '.join(targets)}"
+                )
+        return self
 
     @property
     def suites(self) -> list[tuple[str, tuple[Finding, ...]]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dkm_export.checking.metrics import Fidelity
 from dkm_export.checking.report import Finding, Report, RuntimeReport, Status, merged, worst
 from dkm_export.errors import ExitCode
-from dkm_export.tables import STATUS, Table, number
+from dkm_export.tables import FILE_STATUS, STATUS, Table, number
 
 _ORDER = (Status.ERROR, Status.FAIL, Status.NOT_RUN, Status.PASS)
 
@@ -42,7 +42,7 @@ def artifact_table(report: Report) -> Table:
         limit = f"{artifact.max_bytes.value:,.0f}" if artifact.max_bytes else "-"
         status = status_of(artifact.findings)
         rows.append((artifact.path, status, f"{artifact.bytes:,}", limit, ratio))
-    return Table.of(("artifact", STATUS, "bytes", "at most", "ratio to fp32"), rows)
+    return Table.of(("artifact", FILE_STATUS, "bytes", "at most", "ratio to fp32"), rows)
 
 
 def runtime_table(report: Report) -> Table:

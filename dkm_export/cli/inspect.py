@@ -151,7 +151,10 @@ def _show_difference(
                 "files": [str(each.file) for each in found],
                 "totals": list(totals),
                 "changes": {change.name: _change(change) for change in changes if change.changed},
-                "identical": [change.name for change in changes if not change.changed],
+                "identical": [x.name for x in changes if not x.changed and x.compared],
+                "values_not_compared": [
+                    x.name for x in changes if not x.changed and not x.compared
+                ],
             }
         )
         return
@@ -167,7 +170,11 @@ def _show_difference(
             terminal.table("", (title, "before", "after", "difference"), rows)
         if len(changed) > len(shown):
             terminal.print(f"and {len(changed) - len(shown)} smaller ones")
-        terminal.print(f"{title}s without a difference: {len(concerned) - len(changed)}")
+        alike = [change for change in concerned if not change.changed]
+        unknown = sum(not change.compared for change in alike)
+        terminal.print(f"{title}s without a difference: {len(alike) - unknown}")
+        if unknown:
+            terminal.print(f"{title}s alike, but values not compared: {unknown}")
     rows = []
     for key in (*totals[0]["bytes_by_kind"], "bytes", "zipped_bytes", "paper_bytes"):
         before, after = (x["bytes_by_kind"].get(key, x.get(key)) for x in totals)

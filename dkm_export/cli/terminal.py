@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dkm_export.errors import DkmWarning
 from dkm_export.tables import Table
+from dkm_export.text import printable
 
 if TYPE_CHECKING:
     from dkm_export.training.stage import Progress
@@ -38,7 +39,7 @@ class Terminal:
     def progress(self, message: str) -> None:
         """A line about what happens now."""
         if not self.quiet:
-            print(message, file=sys.stderr, flush=True)
+            print(printable(message), file=sys.stderr, flush=True)
 
     @contextmanager
     def training_progress(self) -> Iterator[Progress]:
@@ -76,7 +77,7 @@ class Terminal:
                 message: Warning | str, category: type[Warning], *place: Any, **more: Any
             ) -> None:
                 if issubclass(category, DkmWarning):
-                    print(f"dkm: warning: {message}", file=sys.stderr, flush=True)
+                    print(printable(f"dkm: warning: {message}"), file=sys.stderr, flush=True)
                 else:
                     show(message, category, *place, **more)
 
@@ -88,7 +89,11 @@ class Terminal:
             self.progress(status)
 
     def print(self, text: str = "") -> None:
-        """A line of the result; when its reader is gone, as `head` goes, nobody misses it.
+        """A line of the result: what a file says can neither end it nor control the terminal."""
+        self._write(printable(text))
+
+    def _write(self, text: str) -> None:
+        """Print on stdout; when its reader is gone, as `head` goes, nobody misses it.
 
         A closed pipe must not end the program: its exit code is still to come.
         """
@@ -100,7 +105,7 @@ class Terminal:
     def result(self, data: dict[str, Any]) -> None:
         """The one JSON object of ``--json``."""
         document = {"schema_version": _SCHEMA_VERSION} | data
-        self.print(json.dumps(document, indent=2, allow_nan=False))
+        self._write(json.dumps(document, indent=2, allow_nan=False))
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table with numbers to the right, as wide as its content: a log has no width."""
@@ -128,11 +133,6 @@ class Terminal:
         print(f"dkm: error: {line}", file=sys.stderr)
         if self.json:
             self.result({"error": {"message": line, "exit_code": int(code)}})
-
-
-def printable(text: str) -> str:
-    """The text for one line: names in files may hold what would control the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def size(count: int) -> str:

@@ -34,6 +34,7 @@ class StoredTensor:
         lut_bytes: of LUTs, and of what scales these.
         scale_bytes: of scales and zero points.
         reason: why it is dense, or what else is to be known; empty where nothing tells.
+        digest: of dense values, the same only for the same bytes; None where they are not known.
     """
 
     name: str
@@ -47,6 +48,7 @@ class StoredTensor:
     lut_bytes: int = 0
     scale_bytes: int = 0
     reason: str = ""
+    digest: str | None = None
 
     @property
     def nbytes(self) -> int:

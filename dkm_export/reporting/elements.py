@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dkm_export.reporting.drawing import glyph
 from dkm_export.reporting.markup import Child, Markup, tag, together
-from dkm_export.tables import STATUS, Table
+from dkm_export.tables import STATUSES, Table
 
 _KINDS = {"sha256": "hash", "file": "path"}
 """How columns of these names are set."""
@@ -129,7 +129,7 @@ def notes(lines: Iterable[tuple[str, str]]) -> Markup:
 
 
 def _cell(name: str, text: str) -> Markup:
-    if name == STATUS:
+    if name in STATUSES:
         return status(text)
     if name == "file":
         return _breaking(text, "/")

@@ -82,7 +82,9 @@ def _facts(content: Content) -> Markup:
         _fact("Compression", f"{content.ratio:.1f}x", counted),
     ]
     if content.hard is None:
-        facts.append(_fact("Metric", "not measured", "the model has no task"))
+        evaluated = "the task was not evaluated when the model was compressed"
+        reason = evaluated if content.model.source.task else "the model has no task"
+        facts.append(_fact("Metric", "not measured", reason))
     else:
         values = [
             tables.metric(value) for value in (content.fp32, content.hard) if value is not None
@@ -120,7 +122,8 @@ def _absent(content: Content) -> Markup | None:
 
 def _environment(content: Content) -> Markup:
     about = [
-        "SHA-256 of each file as it is now, and how it compares with what is recorded of it.",
+        "SHA-256 of each file as it is now; of one that is missing, or was not read, as it was "
+        "recorded.",
         "There is no time in this page: the same inputs give the same bytes.",
     ]
     parts: Sequence[Markup | None] = (

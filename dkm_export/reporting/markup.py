@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Iterable
 
+from dkm_export.text import visible
+
 _VOID = {"br", "link", "meta", "wbr"}
-# control characters, and those that would turn the order of the text around
-_UNPRINTABLE = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class Markup(str):
@@ -57,4 +56,4 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         # tenths of a pixel are enough, and short
         value = f"{value:.1f}".removesuffix(".0")
-    return html.escape(_UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", str(value)))
+    return html.escape(visible(str(value)))

@@ -35,6 +35,8 @@ from dkm_export.training.metrics import Metrics
 
 _MOST_BARS = 20
 _MOST_STEMS = 64
+_LEAST_ERROR, _MOST_ERROR = 1e-16, 1e16
+"""The scale of errors goes no further: float64 resolves nothing smaller."""
 
 
 def target_section(content: Content) -> Markup:
@@ -201,11 +203,12 @@ _KEY = tag(
 def _runtimes(runs: Sequence[RuntimeReport], metric: str | None) -> Markup:
     errors = [worst_error(runtime) for runtime in runs]
     limits = [runtime.limits.relative_l2 for runtime in runs if runtime.limits]
-    seen = [x for x in (*errors, *limits) if x and math.isfinite(x)]
+    finite = [x for x in (*errors, *limits) if x and math.isfinite(x)]
+    seen = [min(max(x, _LEAST_ERROR), _MOST_ERROR) for x in finite]
     low, high = min(seen, default=1e-9) / 5, max(seen, default=1.0) * 5
 
     def place(value: float) -> str:
-        # what is 0 or infinite is at an end
+        # what is beyond the scale, as 0 is, is at an end
         inside = min(max(value, low), high)
         return f"left:{100 * math.log(inside / low) / math.log(high / low):.2f}%"
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dkm_export.checking.report import Report, Status, read_report
+from dkm_export.checking.report import ArtifactReport, Report, Status, read_report
 from dkm_export.checkpoint import load_checkpoint
 from dkm_export.errors import InvalidInput
-from dkm_export.files import CHECKPOINT, MANIFEST, METRICS, sha256
-from dkm_export.manifest import FileEntry, Manifest, read_manifest
+from dkm_export.files import CHECKPOINT, MANIFEST, METRICS, require_inside, sha256
+from dkm_export.manifest import Artifact, FileEntry, Manifest, read_manifest
 from dkm_export.palettized import PalettizedModel
 from dkm_export.planning.result import Plan
 from dkm_export.training.metrics import Metrics, read_metrics
@@ -67,17 +68,28 @@ def read_sources(
         model=model,
         checkpoint=entry,
         manifest=manifest,
-        files=_measure(manifest, subject) if manifest else (),
+        files=tuple(_measure(_listed(manifest), subject)) if manifest else (),
         metrics=_metrics(place, model, required=run is not None) if place else None,
-        check=_check(check, model, manifest) if check else None,
+        check=_check(check, model, subject, manifest) if check else None,
         plan=_plan(plan, model) if plan else None,
     )
 
 
-def _measure(manifest: Manifest, root: Path) -> tuple[FileEntry | None, ...]:
-    listed = (manifest.samples, *(file for entry in manifest.artifacts for file in entry.files))
-    files = [root / entry.path for entry in listed]
-    return tuple(FileEntry.of(file, root) if file.is_file() else None for file in files)
+def _listed(manifest: Manifest) -> Iterator[str]:
+    yield manifest.samples.path
+    for artifact in manifest.artifacts:
+        yield from (entry.path for entry in artifact.files)
+
+
+def _measure(paths: Iterable[str], root: Path) -> Iterator[FileEntry | None]:
+    """The files as they are now; None for one that is not there."""
+    for path in paths:
+        file = root / path
+        if file.is_file():
+            require_inside(root, [file])
+            yield FileEntry.of(file, root)
+        else:
+            yield None
 
 
 def _metrics(run: Path, model: PalettizedModel, *, required: bool) -> Metrics | None:
@@ -96,20 +108,32 @@ def _metrics(run: Path, model: PalettizedModel, *, required: bool) -> Metrics | 
     return metrics
 
 
-def _check(file: Path, model: PalettizedModel, manifest: Manifest | None) -> Report:
+def _check(file: Path, model: PalettizedModel, root: Path, manifest: Manifest | None) -> Report:
     report = read_report(file)
     _require_same(f"--check {file}", report.checkpoint_sha256, model)
-    exported = {artifact.path: artifact for artifact in manifest.artifacts} if manifest else {}
+    exported = {(x.target, x.path): x for x in manifest.artifacts} if manifest else {}
     for artifact in report.artifacts if manifest else ():
-        # a file that was not the manifest's is what the check itself found
-        if any(x.check == "structure" and x.status is Status.FAIL for x in artifact.findings):
-            continue
-        listed = exported[artifact.path].files if artifact.path in exported else ()
-        if set(artifact.files) != set(listed):
+        here = exported.get((artifact.target, artifact.path))
+        if here is None or not _is_of(artifact, here, root):
             raise InvalidInput(
                 f"--check {file}: {artifact.path} is of another export there: check this one"
             )
     return report
+
+
+def _is_of(checked: ArtifactReport, exported: Artifact, root: Path) -> bool:
+    """Whether the files that were checked are the exported ones, or the wrong ones that are here.
+
+    That they are not the manifest's may be what the check itself found.
+    """
+    if set(checked.files) == set(exported.files):
+        return True
+    if not any(x.check == "structure" and x.status is Status.FAIL for x in checked.findings):
+        return False
+    if not checked.files:  # where there is no artifact, a check lists nothing beside it either
+        return not (root / exported.path).exists()
+    paths = {entry.path for entry in (*exported.files, *checked.files)}
+    return set(_measure(paths, root)) - {None} == set(checked.files)
 
 
 def _plan(file: Path, model: PalettizedModel) -> Plan:

@@ -10,7 +10,7 @@ from dkm_export.planning.result import Plan
 from dkm_export.reporting.axes import signed
 from dkm_export.reporting.content import Content
 from dkm_export.reporting.weights import Distribution
-from dkm_export.tables import STATUS, Table, number
+from dkm_export.tables import FILE_STATUS, Table, number
 from dkm_export.training.metrics import Metrics
 
 
@@ -25,7 +25,7 @@ def target_table(content: Content) -> Table:
         limit = "-" if target.limit is None else f"{target.limit:,}"
         checked = target.checked or "not checked"
         rows.append((target.target, target.path, f"{target.bytes:,}", ratio, limit, checked))
-    return Table.of(("what", "file", "bytes", "ratio to fp32", "at most", STATUS), rows)
+    return Table.of(("what", "file", "bytes", "ratio to fp32", "at most", FILE_STATUS), rows)
 
 
 def account_table(content: Content) -> Table:
