@@ -167,6 +167,58 @@ def test_a_scale_per_channel_after_a_palette(tmp_path: Path) -> None:
     (layer,) = found.layers
     assert (layer.encoding, layer.bits, layer.shape) == ("palette", 4, (8, 24))
     assert (layer.value_bytes, layer.lut_bytes, layer.scale_bytes) == (96, 64, 32)
+    palette = found.palettes[layer.name]
+    np.testing.assert_array_equal(palette.indices, indices)
+    assert palette.scale is not None
+    np.testing.assert_array_equal(palette.scale, scale)
+    assert found.account is not None
+    assert [change.palette for change in compare(found, found) if change.is_layer] == [SAME]
+
+
+def test_operations_that_share_a_record_do_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of iOS 16, where an operation unpacks the indices itself."""
+    from coremltools.converters.mil.mil import Builder as mb
+
+    from dkm_exporters.mlprogram import constants
+
+    packed = np.random.default_rng(0).integers(0, 256, 125_000, np.uint8)
+
+    def build(x: Any) -> Any:
+        weight = mb.constexpr_lut_to_dense(
+            indices=packed, lut=np.float32([-1, 1]), shape=np.uint32([1000, 1000]), name="weight"
+        )
+        return mb.linear(x=x, weight=weight)
+
+    def share(spec: Any) -> None:
+        function = spec.mlProgram.functions["main"]
+        listed = function.block_specializations[function.opset].operations
+        (place,) = (i for i, x in enumerate(listed) if x.type == "constexpr_lut_to_dense")
+        for number in range(200):
+            copy = type(listed[place])()
+            copy.CopyFrom(listed[place])
+            copy.outputs[0].name = f"copy_{number}"
+            listed.insert(place, copy)
+
+    path = program(build, (torch.zeros(1, 1000),), tmp_path, "iOS16")
+    assert inspect(path).palettes["weight"].indices.nbytes == 1_000_000
+    edit_model(path, share)
+    decoded: list[str] = []
+    decode = constants.DECODERS["const"]
+    monkeypatch.setitem(
+        constants.DECODERS,  # type: ignore[arg-type]
+        "const",
+        lambda arguments: decoded.append("const") or decode(arguments),
+    )
+    found = inspect(path)
+    assert len(found.layers) == 201
+    assert sum(palette.indices.nbytes for palette in found.palettes.values()) <= 8 * found.bytes
+    reasons = {x.reason for x in found.layers if x.name not in found.palettes}
+    assert reasons == {
+        "only listed: decoded weights take more than eight times the memory of the files"
+    }
+    assert len(decoded) <= 10, "each constant once, however many take it"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Read a saved ``.mlpackage`` as data: its files, its program and the values in ``weight.bin``.
 
 Nothing here runs Core ML or trusts the package: no path leaves its folder, and every offset and
-size is checked against the bytes that are there. Values take at most eight times the memory of the
-files: no two records of a file may share bytes, and one bit becomes at most one byte. Formats:
+size is checked against the bytes that are there. The values here take at most eight times the memory
+of the files: no two records of a file may share bytes, and one bit becomes at most one byte. What
+`palettes` makes of them has a limit of its own. Formats:
 ``Manifest.json``, ``Model.proto`` and ``MIL.proto`` of coremltools 9.0, and the storage format of
 its ``mlmodel/src/MILBlob``.
 """
@@ -197,8 +198,10 @@ class Package:
         self._unread: dict[str, int] = {}
         self._records: dict[tuple[str, int, int, Shape], Array] = {}
         model = Model_pb2.Model()
+        content = self._content(model_file)
+        self._model_bytes = len(content)
         try:
-            model.ParseFromString(self._content(model_file))
+            model.ParseFromString(content)
         except DecodeError as error:
             raise self.invalid(f"{model_file.name} is not a Core ML model") from error
         if model.WhichOneof("Type") != "mlProgram":
@@ -207,6 +210,11 @@ class Package:
         self.metadata = dict(model.description.metadata.userDefined)
         self.functions = list(model.mlProgram.functions)
         self._read(model.description.defaultFunctionName or "main")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model file, and of the weight files of which it has taken something."""
+        return self._model_bytes + sum(content.size for content in self._weights.values())
 
     def another(self, function: str) -> Self:
         """The same program's function of this name, which is one of `functions`.
