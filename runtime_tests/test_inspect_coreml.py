@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -175,6 +175,19 @@ def test_a_scale_per_channel_after_a_palette(tmp_path: Path) -> None:
     assert [change.palette for change in compare(found, found) if change.is_layer] == [SAME]
 
 
+def copy_lookups(spec: Any, count: int) -> None:
+    """Let each palette be decoded more often, from the same records."""
+    function = spec.mlProgram.functions["main"]
+    listed = function.block_specializations[function.opset].operations
+    for place in reversed(range(len(listed))):
+        if listed[place].type == "constexpr_lut_to_dense":
+            for number in range(count):
+                copy = type(listed[place])()
+                copy.CopyFrom(listed[place])
+                copy.outputs[0].name += f"_copy_{number}"
+                listed.insert(place + 1, copy)
+
+
 def test_operations_that_share_a_record_do_not_fill_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,33 +197,23 @@ def test_operations_that_share_a_record_do_not_fill_the_memory(
     from dkm_exporters.mlprogram import constants
 
     packed = np.random.default_rng(0).integers(0, 256, 125_000, np.uint8)
+    lut, shape = np.array([-1, 1], np.float32), np.array([1000, 1000], np.uint32)
 
     def build(x: Any) -> Any:
-        weight = mb.constexpr_lut_to_dense(
-            indices=packed, lut=np.float32([-1, 1]), shape=np.uint32([1000, 1000]), name="weight"
-        )
+        weight = mb.constexpr_lut_to_dense(indices=packed, lut=lut, shape=shape, name="weight")
         return mb.linear(x=x, weight=weight)
-
-    def share(spec: Any) -> None:
-        function = spec.mlProgram.functions["main"]
-        listed = function.block_specializations[function.opset].operations
-        (place,) = (i for i, x in enumerate(listed) if x.type == "constexpr_lut_to_dense")
-        for number in range(200):
-            copy = type(listed[place])()
-            copy.CopyFrom(listed[place])
-            copy.outputs[0].name = f"copy_{number}"
-            listed.insert(place, copy)
 
     path = program(build, (torch.zeros(1, 1000),), tmp_path, "iOS16")
     assert inspect(path).palettes["weight"].indices.nbytes == 1_000_000
-    edit_model(path, share)
+    edit_model(path, lambda spec: copy_lookups(spec, 200))
     decoded: list[str] = []
     decode = constants.DECODERS["const"]
-    monkeypatch.setitem(
-        constants.DECODERS,  # type: ignore[arg-type]
-        "const",
-        lambda arguments: decoded.append("const") or decode(arguments),
-    )
+
+    def counted(arguments: constants.Arguments) -> list[Any]:
+        decoded.append("const")
+        return decode(arguments)
+
+    monkeypatch.setitem(cast("dict[str, Any]", constants.DECODERS), "const", counted)
     found = inspect(path)
     assert len(found.layers) == 201
     assert sum(palette.indices.nbytes for palette in found.palettes.values()) <= 8 * found.bytes
@@ -337,7 +340,8 @@ def test_functions_share_what_they_share(convert: Convert, tmp_path: Path) -> No
     assert sum(found.totals.values()) == found.bytes
 
 
-def test_one_record_counts_once(convert: Convert, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["weights", "weights/../weights"])
+def test_one_record_counts_once(folder: str, convert: Convert, tmp_path: Path) -> None:
     def share(spec: Any) -> None:
         function = spec.mlProgram.functions["main"]
         constants = {
@@ -348,14 +352,51 @@ def test_one_record_counts_once(convert: Convert, tmp_path: Path) -> None:
         constants["head_bias_to_fp16"].blobFileValue.CopyFrom(
             constants["conv_bias_to_fp16"].blobFileValue
         )
+        constants["head_bias_to_fp16"].blobFileValue.fileName = f"@model_path/{folder}/weight.bin"
 
     path = save(convert(), tmp_path)
     before = inspect(path)
     edit_model(path, share)
-    tensors = named(inspect(path))
+    found = inspect(path)
+    tensors = named(found)
     assert tensors["conv_bias_to_fp16"] == named(before)["conv_bias_to_fp16"]
     shared = tensors["head_bias_to_fp16"]
     assert (shared.nbytes, shared.reason) == (0, "the same bytes as conv_bias_to_fp16")
+    assert found.description.unread == {"weights that are taken in blocks only, or not at all": 64}
+    assert sum(found.totals.values()) == found.bytes
+
+
+def test_a_palette_of_the_same_record_counts_once(convert: Convert, tmp_path: Path) -> None:
+    before = compressed(convert("iOS16"), "palettize_weights", tmp_path, nbits=4)
+    edit_model(before.file, lambda spec: copy_lookups(spec, 1))
+    found = inspect(before.file)
+    assert [layer.nbytes for layer in found.layers] == [
+        size for layer in before.layers for size in (layer.nbytes, 0)
+    ]
+    assert len(found.palettes) == 6
+    assert found.account == before.account
+    assert found.account is not None
+
+
+def test_weights_inside_blocks_are_counted(tmp_path: Path) -> None:
+    weight = np.ones((64, 64), np.float32)
+
+    def build(x: Any) -> Any:
+        from coremltools.converters.mil.mil import Builder as mb
+
+        return mb.while_loop(
+            _cond=lambda i, y: mb.less(x=i, y=np.float32(3)),
+            _body=lambda i, y: (mb.add(x=i, y=np.float32(1)), mb.linear(x=y, weight=weight)),
+            loop_vars=(np.float32(0), x),
+        )[1]
+
+    found = inspect(program(build, (torch.zeros(1, 64),), tmp_path))
+    blocks = found.description.unread["blocks of operations in function 'main'"]
+    assert blocks is not None
+    assert 0 < blocks < found.totals["not taken apart"]
+    weights = found.description.unread["weights that are taken in blocks only, or not at all"]
+    assert weights is not None
+    assert weight.nbytes <= weights < weight.nbytes + 600  # a bias, too
 
 
 def test_a_neural_network_is_refused_in_one_line(tmp_path: Path) -> None:

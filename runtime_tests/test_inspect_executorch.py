@@ -194,7 +194,7 @@ def test_weights_in_another_file_are_said_to_be_there(tmp_path: Path) -> None:
         name: tuple(tensor.shape) for name, tensor in network()[0].state_dict().items()
     }
     assert {(x.nbytes, x.reason) for x in found.dense} == {(0, "in another file")}
-    assert found.description.unread == {"constants in another file": 0}
+    assert found.description.unread == {"constants in another file": None}
     assert found.account is None
 
 
@@ -223,7 +223,7 @@ def test_what_is_for_an_unknown_backend_is_not_taken_apart(tmp_path: Path) -> No
         blob = unread[f"forward/delegate {index}, for UnheardBackend"]
         assert blob == len(file.delegate("forward", index))
     named_data = {key: x for key, x in unread.items() if key.startswith("data named")}
-    assert sum(named_data.values()) == sum(size for _, _, size in DENSE)
+    assert sum(filter(None, named_data.values())) == sum(size for _, _, size in DENSE)
     assert sum(found.totals.values()) == found.bytes
     assert found.account is None
 

@@ -102,7 +102,7 @@ class _Reader:
     file: ProgramFile
     decodes: dict[str, Decode]
     palettes: dict[str, Palette] = field(default_factory=dict)
-    unread: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int | None] = field(default_factory=dict)
     _seen: dict[object, str] = field(default_factory=dict)  # names by places
 
     def tensors(self) -> Iterator[StoredTensor]:
@@ -178,7 +178,7 @@ class _Reader:
             return StoredTensor(f"constant {name}", sizes, word, value_bytes=nbytes), data
         size = self.file.named_sizes.get(name)
         if size is None:
-            self.unread[_ELSEWHERE] = 0
+            self.unread[_ELSEWHERE] = None
             return StoredTensor(name, sizes, word, reason="in another file"), b""
         return StoredTensor(name, sizes, word, value_bytes=size), b""
 
@@ -285,7 +285,7 @@ class _Reader:
             return place.size, ""
         size = self.file.named_sizes.get(place.key)
         if size is None:
-            self.unread[_ELSEWHERE] = 0
+            self.unread[_ELSEWHERE] = None
             return 0, "in another file"
         if size < place.size:
             raise self._malformed(f"'{place.key}'")

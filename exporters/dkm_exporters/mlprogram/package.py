@@ -1,8 +1,8 @@
 """Read a saved ``.mlpackage`` as data: its files, its program and the values in ``weight.bin``.
 
 Nothing here runs Core ML or trusts the package: no path leaves its folder, and every offset and
-size is checked against the bytes that are there. The values here take at most eight times the memory
-of the files: no two records of a file may share bytes, and one bit becomes at most one byte. What
+size is checked against the bytes that are there. Values take at most eight times the memory of the
+files: no two records of a file may share bytes, and one bit becomes at most one byte. What
 `palettes` makes of them has a limit of its own. Formats:
 ``Manifest.json``, ``Model.proto`` and ``MIL.proto`` of coremltools 9.0, and the storage format of
 its ``mlmodel/src/MILBlob``.
@@ -14,6 +14,7 @@ import copy
 import json
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -33,6 +34,7 @@ _MODEL_FOLDER: Final = "@model_path/"
 _SENTINEL: Final = 0xDEADBEEF
 _RECORD: Final = struct.Struct("<IIQQQ")
 """Sentinel, data type, bytes, offset of the data, unused bits at the end; then reserved bytes."""
+_RECORD_ALIGNMENT: Final = 64
 
 _LARGEST_MODEL: Final = 1 << 31
 """Bytes of a model file; protobuf reads no more."""
@@ -145,7 +147,7 @@ class Operation:
         outputs: their types by name.
         place: where it is, such as ``operation 12 of 40 in function 'main'``.
         storage: of the arguments that are tensors, by parameter name.
-        nested: whether there are blocks inside it.
+        nested: bytes of the blocks inside it.
     """
 
     kind: str
@@ -153,7 +155,7 @@ class Operation:
     outputs: dict[str, TensorType]
     place: str
     storage: dict[str, Storage]
-    nested: bool
+    nested: int
 
     @property
     def name(self) -> str:
@@ -194,9 +196,11 @@ class Package:
         self._label = label or str(path)
         model_file = self._model_file()
         self._model_folder = model_file.parent.relative_to(path.resolve())
-        self._weights: dict[str, npt.NDArray[np.uint8]] = {}
-        self._unread: dict[str, int] = {}
-        self._records: dict[tuple[str, int, int, Shape], Array] = {}
+        self._files: dict[str, Path] = {}
+        self._weights: dict[Path, npt.NDArray[np.uint8]] = {}
+        self._unread: dict[Path, int] = {}
+        self._records: dict[tuple[Path, int, int, Shape], Array] = {}
+        self._nested: set[str] = set()
         model = Model_pb2.Model()
         content = self._content(model_file)
         self._model_bytes = len(content)
@@ -215,6 +219,21 @@ class Package:
     def nbytes(self) -> int:
         """Bytes of the model file, and of the weight files of which it has taken something."""
         return self._model_bytes + sum(content.size for content in self._weights.values())
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of the records of weight files that no operation of a function so far has taken.
+
+        Raises:
+            InvalidInput: when there is not the file that an operation in a block takes one of.
+        """
+        for name in self._nested:
+            self._weight_file(name)
+        known = {(file, offset) for file, offset, _, _ in self._records}
+        return sum(
+            min(sum(n for x, n in _records(content) if (file, x) not in known), self._unread[file])
+            for file, content in self._weights.items()
+        )
 
     def another(self, function: str) -> Self:
         """The same program's function of this name, which is one of `functions`.
@@ -321,7 +340,8 @@ class Package:
             for name, value in values.items()
             if isinstance(arguments[name][0], np.ndarray)
         }
-        nested = bool(operation.blocks)
+        nested = sum(block.ByteSize() for block in operation.blocks)
+        self._nested.update(name for block in operation.blocks for name in _weight_files(block))
         return Operation(operation.type, arguments, outputs, place, storage, nested)
 
     def _storage(self, value: Any) -> Storage:
@@ -335,7 +355,8 @@ class Package:
             # protobuf stores small integers in few bytes
             nbytes = min(nbytes, value.immediateValue.ByteSize())
             return Storage(word, bits, shape, nbytes, None)
-        place = (value.blobFileValue.fileName, value.blobFileValue.offset)
+        blob = value.blobFileValue
+        place = (str(self._weight_file(blob.fileName)), blob.offset)
         return Storage(word, bits, shape, nbytes, place)
 
     def _value(self, value: Any) -> Constant:
@@ -397,17 +418,18 @@ class Package:
 
     def _blob(self, name: str, offset: int, data_type: _DataType, shape: Shape) -> Array:
         """Read one record: a header at ``offset``, which says where the data is."""
-        key = (name, offset, data_type.blob or 0, shape)
+        file = self._weight_file(name)
+        key = (file, offset, data_type.blob or 0, shape)
         if key not in self._records:
-            packed = self._record(name, offset, data_type, shape)
+            packed = self._record(file, offset, data_type, shape)
             self._records[key] = self._unpacked(packed, data_type, shape)
         return self._records[key]
 
     def _record(
-        self, name: str, offset: int, data_type: _DataType, shape: Shape
+        self, file: Path, offset: int, data_type: _DataType, shape: Shape
     ) -> npt.NDArray[np.uint8]:
-        content = self._weight_file(name)
-        where = f"{Path(name).name}: the record at {offset}"
+        content = self._weights[file]
+        where = f"{file.name}: the record at {offset}"
         if offset + _RECORD.size > content.size:
             raise self.invalid(f"{where} lies beyond the end of the file ({content.size} bytes)")
         sentinel, blob_type, size, start, padding = _RECORD.unpack_from(content.data, offset)
@@ -419,23 +441,25 @@ class Package:
             raise self.invalid(f"{where} ends beyond the end of the file ({content.size} bytes)")
         if data_type.bits < 8 and padding != 8 * size - data_type.bits * math.prod(shape):
             raise self.invalid(f"{where} has {padding} unused bits, which does not fit its shape")
-        self._unread[name] -= size
-        if self._unread[name] < 0:
+        self._unread[file] -= size
+        if self._unread[file] < 0:
             raise self.invalid(f"{where} shares bytes with another one")
         return content[start : start + size]
 
-    def _weight_file(self, name: str) -> npt.NDArray[np.uint8]:
-        """The content of ``@model_path/...``, mapped into memory."""
+    def _weight_file(self, name: str) -> Path:
+        """The file ``@model_path/...``, under whichever name; its content is mapped into memory."""
         if not name.startswith(_MODEL_FOLDER):
             raise self.invalid(f"'{name}' is not below {_MODEL_FOLDER}")
-        if name not in self._weights:
+        if name not in self._files:
             file = self._file(str(self._model_folder / name.removeprefix(_MODEL_FOLDER)))
-            try:
-                self._weights[name] = np.asarray(np.memmap(file, np.uint8, "r"))
-            except (OSError, ValueError) as error:  # ValueError: nothing in it
-                raise self.invalid(f"'{file.name}' is empty or cannot be read") from error
-            self._unread[name] = self._weights[name].size
-        return self._weights[name]
+            if file not in self._weights:
+                try:
+                    self._weights[file] = np.asarray(np.memmap(file, np.uint8, "r"))
+                except (OSError, ValueError) as error:  # ValueError: nothing in it
+                    raise self.invalid(f"'{file.name}' is empty or cannot be read") from error
+                self._unread[file] = self._weights[file].size
+            self._files[name] = file
+        return self._files[name]
 
     def _unpacked(self, packed: npt.NDArray[np.uint8], data_type: _DataType, shape: Shape) -> Array:
         assert data_type.bits is not None
@@ -452,6 +476,28 @@ class Package:
             sign = 1 << (data_type.bits - 1)
             return (values ^ sign).astype(np.int8) - np.int8(sign)
         return values
+
+
+def _records(content: npt.NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
+    """Offsets and bytes of the records of a weight file, up to the first that is none."""
+    offset = _RECORD_ALIGNMENT  # after the header of the file
+    while offset + _RECORD.size <= content.size:
+        sentinel, _, size, start, _ = _RECORD.unpack_from(content.data, offset)
+        if sentinel != _SENTINEL or start < offset or start + size > content.size:
+            return
+        yield offset, size
+        offset = -(-max(start + size, offset + 1) // _RECORD_ALIGNMENT) * _RECORD_ALIGNMENT
+
+
+def _weight_files(block: Any) -> Iterator[str]:
+    """Those that the values in a block are in; protobuf reads no deeper nesting than 100."""
+    for operation in block.operations:
+        bound = (x.value for given in operation.inputs.values() for x in given.arguments)
+        for value in (*operation.attributes.values(), *bound):
+            if value.WhichOneof("value") == "blobFileValue":
+                yield value.blobFileValue.fileName
+        for inner in operation.blocks:
+            yield from _weight_files(inner)
 
 
 def _tensor_type(value_type: Any) -> TensorType:
