@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from dkm_export.comparison import SAME, compare
-from dkm_export.errors import Unsupported
+from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.inspection import Inspection, inspect
 from dkm_export.palette import Palette
 from dkm_export.spec import LayerRule
 from dkm_exporters.coreml import CoreMLExporter, CoreMLOptions
 from tests.foreign import IMAGE, encodings, named, network
-from tests.mlpackages import edit_model, program, save
+from tests.mlpackages import edit_model, operations, program, save
 from tests.zoo import TOKENS, palettize
 
 pytest.importorskip("coremltools")
@@ -376,6 +376,24 @@ def test_a_palette_of_the_same_record_counts_once(convert: Convert, tmp_path: Pa
     assert len(found.palettes) == 6
     assert found.account == before.account
     assert found.account is not None
+
+
+def test_the_result_of_an_operation_has_no_thousands_of_axes(
+    convert: Convert, tmp_path: Path
+) -> None:
+    def edit(spec: Any) -> None:
+        for operation in operations(spec):
+            if operation.type == "constexpr_lut_to_dense":
+                for _ in range(5000):
+                    sizes = operation.outputs[0].type.tensorType.dimensions
+                    sizes.add().constant.size = (1 << 63) - 1
+
+    path = compressed(convert("iOS16"), "palettize_weights", tmp_path, nbits=4).file
+    edit_model(path, edit)
+    with pytest.raises(
+        InvalidInput, match=r"operation \d+ of \d+ in function 'main' gives a value"
+    ):
+        inspect(path)
 
 
 def test_weights_inside_blocks_are_counted(tmp_path: Path) -> None:

@@ -335,6 +335,8 @@ class Package:
             if len(argument.arguments) == 1 and argument.arguments[0].HasField("value"):
                 values[name] = argument.arguments[0].value
         outputs = {output.name: _tensor_type(output.type) for output in operation.outputs}
+        if any(len(output.shape or ()) > _MOST_AXES for output in outputs.values()):
+            raise self.invalid(f"{place} gives a value with too many axes")
         storage = {
             name: self._storage(value)
             for name, value in values.items()
