@@ -74,7 +74,7 @@ class Inspection:
             "LUTs": sum(x.lut_bytes for x in self.layers),
             "scales": sum(x.scale_bytes for x in self.layers),
             "dense tensors": sum(x.nbytes for x in self.dense),
-            "not taken apart": sum(self.description.unread.values()),
+            "not taken apart": sum(filter(None, self.description.unread.values())),
         }
         return known | {"graph, names, headers": self.bytes - sum(known.values())}
 
@@ -82,20 +82,23 @@ class Inspection:
     def account(self) -> Account | None:
         """Sizes by the DKM paper's convention; None where that does not apply.
 
-        It counts indices, LUTs and dense numbers, so all there is has to be one of these.
+        It counts indices, LUTs and dense numbers, so all there is has to be one of these. What has
+        the same bytes as something before it counts with that.
         """
-        palettes = [self.palettes.get(layer.name) for layer in self.layers]
+        layers = [layer for layer in self.layers if layer.value_bytes]
+        palettes = [self.palettes.get(layer.name) for layer in layers]
         if not palettes or None in palettes or self.description.unread:
             return None
         known = [palette for palette in palettes if palette is not None]
         scales = [
             DenseSize(f"{layer.name}.scale", palette.scale.size, layer.scale_bytes, floating=True)
-            for layer, palette in zip(self.layers, known, strict=True)
+            for layer, palette in zip(layers, known, strict=True)
             if palette.scale is not None
         ]
         dense = [
             DenseSize(x.name, math.prod(x.shape), x.nbytes, floating="float" in x.encoding)
             for x in self.dense
+            if x.nbytes
         ]
         return account_sizes([(p.layout, p.bits) for p in known], dense + scales)
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
 from dkm_export.comparison import SAME, compare
-from dkm_export.errors import Unsupported
+from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.inspection import Inspection, inspect
 from dkm_export.palette import Palette
 from dkm_export.spec import LayerRule
 from dkm_exporters.coreml import CoreMLExporter, CoreMLOptions
 from tests.foreign import IMAGE, encodings, named, network
-from tests.mlpackages import edit_model, program, save
+from tests.mlpackages import edit_model, operations, program, save
 from tests.zoo import TOKENS, palettize
 
 pytest.importorskip("coremltools")
@@ -167,6 +167,61 @@ def test_a_scale_per_channel_after_a_palette(tmp_path: Path) -> None:
     (layer,) = found.layers
     assert (layer.encoding, layer.bits, layer.shape) == ("palette", 4, (8, 24))
     assert (layer.value_bytes, layer.lut_bytes, layer.scale_bytes) == (96, 64, 32)
+    palette = found.palettes[layer.name]
+    np.testing.assert_array_equal(palette.indices, indices)
+    assert palette.scale is not None
+    np.testing.assert_array_equal(palette.scale, scale)
+    assert found.account is not None
+    assert [change.palette for change in compare(found, found) if change.is_layer] == [SAME]
+
+
+def copy_lookups(spec: Any, count: int) -> None:
+    """Let each palette be decoded more often, from the same records."""
+    function = spec.mlProgram.functions["main"]
+    listed = function.block_specializations[function.opset].operations
+    for place in reversed(range(len(listed))):
+        if listed[place].type == "constexpr_lut_to_dense":
+            for number in range(count):
+                copy = type(listed[place])()
+                copy.CopyFrom(listed[place])
+                copy.outputs[0].name += f"_copy_{number}"
+                listed.insert(place + 1, copy)
+
+
+def test_operations_that_share_a_record_do_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of iOS 16, where an operation unpacks the indices itself."""
+    from coremltools.converters.mil.mil import Builder as mb
+
+    from dkm_exporters.mlprogram import constants
+
+    packed = np.random.default_rng(0).integers(0, 256, 125_000, np.uint8)
+    lut, shape = np.array([-1, 1], np.float32), np.array([1000, 1000], np.uint32)
+
+    def build(x: Any) -> Any:
+        weight = mb.constexpr_lut_to_dense(indices=packed, lut=lut, shape=shape, name="weight")
+        return mb.linear(x=x, weight=weight)
+
+    path = program(build, (torch.zeros(1, 1000),), tmp_path, "iOS16")
+    assert inspect(path).palettes["weight"].indices.nbytes == 1_000_000
+    edit_model(path, lambda spec: copy_lookups(spec, 200))
+    decoded: list[str] = []
+    decode = constants.DECODERS["const"]
+
+    def counted(arguments: constants.Arguments) -> list[Any]:
+        decoded.append("const")
+        return decode(arguments)
+
+    monkeypatch.setitem(cast("dict[str, Any]", constants.DECODERS), "const", counted)
+    found = inspect(path)
+    assert len(found.layers) == 201
+    assert sum(palette.indices.nbytes for palette in found.palettes.values()) <= 8 * found.bytes
+    reasons = {x.reason for x in found.layers if x.name not in found.palettes}
+    assert reasons == {
+        "only listed: decoded weights take more than eight times the memory of the files"
+    }
+    assert len(decoded) <= 10, "each constant once, however many take it"
 
 
 @pytest.mark.parametrize(
@@ -285,7 +340,8 @@ def test_functions_share_what_they_share(convert: Convert, tmp_path: Path) -> No
     assert sum(found.totals.values()) == found.bytes
 
 
-def test_one_record_counts_once(convert: Convert, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["weights", "weights/../weights"])
+def test_one_record_counts_once(folder: str, convert: Convert, tmp_path: Path) -> None:
     def share(spec: Any) -> None:
         function = spec.mlProgram.functions["main"]
         constants = {
@@ -296,14 +352,69 @@ def test_one_record_counts_once(convert: Convert, tmp_path: Path) -> None:
         constants["head_bias_to_fp16"].blobFileValue.CopyFrom(
             constants["conv_bias_to_fp16"].blobFileValue
         )
+        constants["head_bias_to_fp16"].blobFileValue.fileName = f"@model_path/{folder}/weight.bin"
 
     path = save(convert(), tmp_path)
     before = inspect(path)
     edit_model(path, share)
-    tensors = named(inspect(path))
+    found = inspect(path)
+    tensors = named(found)
     assert tensors["conv_bias_to_fp16"] == named(before)["conv_bias_to_fp16"]
     shared = tensors["head_bias_to_fp16"]
     assert (shared.nbytes, shared.reason) == (0, "the same bytes as conv_bias_to_fp16")
+    assert found.description.unread == {"weights that are taken in blocks only, or not at all": 64}
+    assert sum(found.totals.values()) == found.bytes
+
+
+def test_a_palette_of_the_same_record_counts_once(convert: Convert, tmp_path: Path) -> None:
+    before = compressed(convert("iOS16"), "palettize_weights", tmp_path, nbits=4)
+    edit_model(before.file, lambda spec: copy_lookups(spec, 1))
+    found = inspect(before.file)
+    assert [layer.nbytes for layer in found.layers] == [
+        size for layer in before.layers for size in (layer.nbytes, 0)
+    ]
+    assert len(found.palettes) == 6
+    assert found.account == before.account
+    assert found.account is not None
+
+
+def test_the_result_of_an_operation_has_no_thousands_of_axes(
+    convert: Convert, tmp_path: Path
+) -> None:
+    def edit(spec: Any) -> None:
+        for operation in operations(spec):
+            if operation.type == "constexpr_lut_to_dense":
+                for _ in range(5000):
+                    sizes = operation.outputs[0].type.tensorType.dimensions
+                    sizes.add().constant.size = (1 << 63) - 1
+
+    path = compressed(convert("iOS16"), "palettize_weights", tmp_path, nbits=4).file
+    edit_model(path, edit)
+    with pytest.raises(
+        InvalidInput, match=r"operation \d+ of \d+ in function 'main' gives a value"
+    ):
+        inspect(path)
+
+
+def test_weights_inside_blocks_are_counted(tmp_path: Path) -> None:
+    weight = np.ones((64, 64), np.float32)
+
+    def build(x: Any) -> Any:
+        from coremltools.converters.mil.mil import Builder as mb
+
+        return mb.while_loop(
+            _cond=lambda i, y: mb.less(x=i, y=np.float32(3)),
+            _body=lambda i, y: (mb.add(x=i, y=np.float32(1)), mb.linear(x=y, weight=weight)),
+            loop_vars=(np.float32(0), x),
+        )[1]
+
+    found = inspect(program(build, (torch.zeros(1, 64),), tmp_path))
+    blocks = found.description.unread["blocks of operations in function 'main'"]
+    assert blocks is not None
+    assert 0 < blocks < found.totals["not taken apart"]
+    weights = found.description.unread["weights that are taken in blocks only, or not at all"]
+    assert weights is not None
+    assert weight.nbytes <= weights < weight.nbytes + 600  # a bias, too
 
 
 def test_a_neural_network_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.zoo import IMAGE, TOKENS, palettize
 
 pytest.importorskip("executorch")
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
 from executorch.exir import ExecutorchBackendConfig, to_edge, to_edge_transform_and_lower
 
 from dkm_exporters.executorch.program import ProgramFile
@@ -160,29 +162,33 @@ def test_quantized_by_torchao(block: int, tmp_path: Path) -> None:
     assert found.dense[0].shape == (20, 64)
 
 
-def test_quantized_for_portable_kernels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [8, 16])
+def test_quantized_for_portable_kernels(bits: int, tmp_path: Path) -> None:
     pytest.importorskip("executorch.kernels.quantized")
     import executorch.kernels.quantized  # noqa: F401 registers operators
     from executorch.exir import EdgeCompileConfig
 
+    dtype, least, most = getattr(torch, f"int{bits}"), -(1 << bits - 1), (1 << bits - 1) - 1
+
     class Quantized(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("weight", torch.randint(-128, 127, (32, 64), dtype=torch.int8))
+            self.register_buffer("weight", torch.randint(least, most, (32, 64), dtype=dtype))
             self.register_buffer("scales", torch.rand(32))
             self.register_buffer("zeros", torch.zeros(32, dtype=torch.int64))
 
         def forward(self, x: Tensor) -> Tensor:
             weight: Tensor = torch.ops.quantized_decomposed.dequantize_per_channel(
-                self.weight, self.scales, self.zeros, 0, -128, 127, torch.int8
+                self.weight, self.scales, self.zeros, 0, least, most, dtype
             )
             return x @ weight.T
 
     program = torch.export.export(Quantized(), (torch.randn(1, 64),))
     edge = to_edge(program, compile_config=EdgeCompileConfig(_check_ir_validity=False))
     (layer,) = inspect(written(edge, tmp_path / "net.pte")).description.tensors
-    assert (layer.encoding, layer.bits, layer.groups) == ("int8 per channel", 8, 32)
-    assert (layer.value_bytes, layer.scale_bytes) == (32 * 64, 32 * (4 + 8))
+    assert (layer.encoding, layer.bits, layer.groups) == (f"int{bits} per channel", bits, 32)
+    assert layer.shape == (32, 64)
+    assert (layer.value_bytes, layer.scale_bytes) == (32 * 64 * bits // 8, 32 * (4 + 8))
 
 
 def test_weights_in_another_file_are_said_to_be_there(tmp_path: Path) -> None:
@@ -194,7 +200,7 @@ def test_weights_in_another_file_are_said_to_be_there(tmp_path: Path) -> None:
         name: tuple(tensor.shape) for name, tensor in network()[0].state_dict().items()
     }
     assert {(x.nbytes, x.reason) for x in found.dense} == {(0, "in another file")}
-    assert found.description.unread == {"constants in another file": 0}
+    assert found.description.unread == {"constants in another file": None}
     assert found.account is None
 
 
@@ -223,7 +229,7 @@ def test_what_is_for_an_unknown_backend_is_not_taken_apart(tmp_path: Path) -> No
         blob = unread[f"forward/delegate {index}, for UnheardBackend"]
         assert blob == len(file.delegate("forward", index))
     named_data = {key: x for key, x in unread.items() if key.startswith("data named")}
-    assert sum(named_data.values()) == sum(size for _, _, size in DENSE)
+    assert sum(filter(None, named_data.values())) == sum(size for _, _, size in DENSE)
     assert sum(found.totals.values()) == found.bytes
     assert found.account is None
 
@@ -288,6 +294,91 @@ def test_ours_have_the_palettes_of_the_checkpoint_and_what_is_dense(
     else:
         names = {name.rpartition("/")[2] for name in dense}
         assert names >= {"p_head_bias_to_fp16", "b_norm_running_var_to_fp16"}
+
+
+def test_data_with_two_names_counts_once(tmp_path: Path) -> None:
+    path = written(xnnpack(exported()), tmp_path / "net.pte")
+    file = ProgramFile(path)
+    named = file._program.named_data
+    named += [replace(entry, key=f"{entry.key} again") for entry in named]
+    path.write_bytes(file.to_bytes())
+    found = inspect(path)
+    assert sizes(found) == DENSE
+    assert not found.description.unread
+    path.write_bytes(path.read_bytes().replace(b"XnnpackBackend", b"UnheardBackend"))
+    unread = inspect(path).description.unread
+    named_data = [x for key, x in unread.items() if key.startswith("data named")]
+    assert sum(filter(None, named_data)) == sum(size for _, _, size in DENSE)
+
+
+def test_a_bias_that_two_delegates_have_counts_once(tmp_path: Path) -> None:
+    model = palettize("tests.zoo:tokens", TOKENS, LayerRule(bits=4))
+    path = ExecuTorchExporter().lower(model, model.build(), tmp_path, ExecuTorchOptions())
+    before = inspect(path)
+    file = ProgramFile(path)
+    delegates = file.plan("forward").delegates
+    delegates.append(replace(delegates[0]))
+    # other bytes, the same content
+    file.set_delegate("forward", len(delegates) - 1, file.delegate("forward", 0) + bytes(16))
+    path.write_bytes(file.to_bytes())
+    after = inspect(path)
+    assert after.totals["dense tensors"] == before.totals["dense tensors"]
+    (again,) = (x.reason for x in after.dense if not x.nbytes)
+    assert again.startswith("the same bytes as bias beside ")
+
+
+def test_segments_that_overlap_are_refused(tmp_path: Path) -> None:
+    path = written(xnnpack(exported()), tmp_path / "net.pte")
+    file = ProgramFile(path)
+    end = max(segment.offset + segment.size for segment in file._program.segments)
+    for segment in file._program.segments:
+        segment.offset, segment.size = 0, end
+    path.write_bytes(file.to_bytes())
+    with pytest.raises(InvalidInput, match=r"net\.pte: the program is malformed") as caught:
+        inspect(path)
+    assert "segments overlap" in str(caught.value.__cause__)
+
+
+def xnnpack_part(shape: list[int], size: int) -> bytes:
+    """A graph with one constant."""
+    builder = flatbuffers.Builder(0)
+    builder.StartVector(4, len(shape), 4)
+    for axis in reversed(shape):
+        builder.PrependUint32(axis)
+    sizes = builder.EndVector()
+    builder.StartObject(7)
+    builder.PrependUOffsetTRelativeSlot(2, sizes, 0)
+    builder.PrependUint32Slot(3, 1, 0)
+    tensor = builder.EndObject()
+    builder.StartObject(2)
+    builder.PrependUint8Slot(0, 1, 0)
+    builder.PrependUOffsetTRelativeSlot(1, tensor, 0)
+    value = builder.EndObject()
+    builder.StartVector(4, 1, 4)
+    builder.PrependUOffsetTRelative(value)
+    values = builder.EndVector()
+    builder.StartObject(3)
+    builder.PrependUint64Slot(1, size, 0)
+    entry = builder.EndObject()
+    builder.StartVector(4, 2, 4)
+    for _ in range(2):  # the first stands for none
+        builder.PrependUOffsetTRelative(entry)
+    entries = builder.EndVector()
+    builder.StartObject(9)
+    builder.PrependUOffsetTRelativeSlot(2, values, 0)
+    builder.PrependUOffsetTRelativeSlot(8, entries, 0)
+    builder.Finish(builder.EndObject())
+    graph, start = bytes(builder.Output()), XNNHeader.EXPECTED_LENGTH
+    header = XNNHeader(start, len(graph), start + len(graph), size)
+    return b"".join((header.to_bytes(), graph, bytes(size)))
+
+
+@pytest.mark.parametrize("shape", [[1 << 31] * 5000, [1] * 65, [2, 33]])
+def test_a_shape_of_xnnpack_fits_its_bytes(shape: list[int]) -> None:
+    (constant,) = read_constants(xnnpack_part([2, 32], 8))
+    assert (constant.shape, constant.place.size) == ((2, 32), 8)
+    with pytest.raises(ValueError, match="too many axes, or more values than bits"):
+        read_constants(xnnpack_part(shape, 8))
 
 
 def test_a_graph_is_read_as_flatc_reads_it(tmp_path: Path) -> None:

@@ -250,6 +250,89 @@ def test_tensors_in_subgraphs_functions_and_sparse_ones(tmp_path: Path) -> None:
     }
 
 
+def of_one_name(size: int) -> list[TensorProto]:
+    return [
+        numpy_helper.from_array(np.full((size, 8), size, np.int8), "w"),
+        numpy_helper.from_array(np.full(size, 0.5, np.float32), "s"),
+    ]
+
+
+def test_names_are_those_of_a_graph_or_function(tmp_path: Path) -> None:
+    """Of four tensors called w, three are quantized, by a scale of their own each."""
+    dequantize = helper.make_node("DequantizeLinear", ["w", "s"], ["d"], axis=0)
+    branches = [
+        helper.make_graph(
+            [helper.make_node("DequantizeLinear", ["w", "s"], [f"d{size}"], axis=0)],
+            "branch",
+            [],
+            [helper.make_tensor_value_info(f"d{size}", TensorProto.FLOAT, None)],
+            of_one_name(size),
+        )
+        for size in (2, 3)
+    ]
+    function = helper.make_function(
+        "own",
+        "f",
+        [],
+        ["d"],
+        [
+            *(
+                helper.make_node("Constant", [], [name], value=tensor)
+                for name, tensor in zip("ws", of_one_name(4), strict=True)
+            ),
+            dequantize,
+        ],
+        [helper.make_opsetid("", 21)],
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("If", ["c"], ["y"], then_branch=branches[0], else_branch=branches[1]),
+            helper.make_node("Add", ["w", "s"], ["z"]),
+        ],
+        "graph",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        of_one_name(5),
+    )
+    path = tmp_path / "net.onnx"
+    path.write_bytes(helper.make_model(graph, functions=[function]).SerializeToString())
+    found = inspect(path)
+    layers = [(x.encoding, x.shape, x.groups, x.value_bytes, x.scale_bytes) for x in found.layers]
+    assert sorted(layers) == [
+        ("int8 per channel", (size, 8), size, 8 * size, 4 * size) for size in (2, 3, 4)
+    ]
+    assert {(x.name, x.encoding, x.nbytes) for x in found.dense} == {
+        ("w", "int8", 40),
+        ("s", "float32", 20),
+    }
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_sparse_tensors_and_their_files(constant: bool, tmp_path: Path) -> None:
+    values = numpy_helper.from_array(np.ones(3000, np.float32), "values")
+    indices = numpy_helper.from_array(np.arange(3000), "")
+    for tensor, file in ((values, "values"), (indices, "indices")):
+        (tmp_path / file).write_bytes(tensor.raw_data)
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=file)
+    sparse = helper.make_sparse_tensor(values, indices, [100, 100])
+    graph = helper.make_graph(
+        [helper.make_node("Constant", [], ["values"], sparse_value=sparse)] if constant else [],
+        "graph",
+        [],
+        [helper.make_tensor_value_info("values", TensorProto.FLOAT, None)],
+        sparse_initializer=[] if constant else [sparse],
+    )
+    path = tmp_path / "net.onnx"
+    path.write_bytes(helper.make_model(graph).SerializeToString())
+    found = inspect(path)
+    assert [file.name for file in found.description.files] == ["net.onnx", "values", "indices"]
+    (layer,) = found.layers
+    assert (layer.name, layer.shape, layer.nbytes) == ("values", (100, 100), 3000 * (4 + 8))
+    assert found.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+
+
 def more(tensor: TensorProto) -> None:
     tensor.dims[0] += 1
 
@@ -293,7 +376,9 @@ def test_what_is_no_model(content: bytes, tmp_path: Path) -> None:
 def test_ours_are_palettes_with_their_scales(tmp_path: Path) -> None:
     model = palettize("tests.zoo:convolutions", ZOO_IMAGE, LayerRule(bits=4))
     for exporter in (OnnxExporter(), OrtExporter()):
-        found = inspect(exporter.lower(model, model.build(), tmp_path, OnnxOptions()))
+        path = exporter.lower(model, model.build(), tmp_path, OnnxOptions())
+        found = inspect(path)
+        assert found.bytes == path.stat().st_size, "what no app has to ship is none of it"
         assert {x.name: x.encoding for x in found.layers} == dict.fromkeys(
             model.palettes, "palette"
         )

@@ -6,15 +6,25 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import flatbuffers
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from onnxruntime.tools.ort_format_model.ort_flatbuffers_py.fbs import (
+    Attribute,
+    Graph,
+    InferenceSession,
+    Model,
+    Node,
+    Tensor,
+)
 from onnxruntime.tools.reduced_build_config_parser import parse_config
 
 from dkm_export.checking.check import check
@@ -317,36 +327,53 @@ def test_missing_and_cut_files_are_refused(artifact: Path, tmp_path: Path) -> No
             assert "\n" not in str(caught.value)
 
 
-def test_parts_that_overlap_are_refused_before_they_take_memory(
-    artifact: Path, tmp_path: Path
-) -> None:
-    import flatbuffers
-    from onnxruntime.tools.ort_format_model.ort_flatbuffers_py.fbs import (
-        Graph,
-        InferenceSession,
-        Model,
-        Tensor,
-    )
+def vector(builder: Any, start: Callable[[Any, int], int], offsets: Sequence[int]) -> int:
+    start(builder, len(offsets))
+    for offset in reversed(offsets):
+        builder.PrependUOffsetTRelative(offset)
+    return int(builder.EndVector())
 
-    builder = flatbuffers.Builder(1 << 20)
-    version = builder.CreateString("6")
+
+def overlapping_tensors(builder: Any) -> int:
+    """A graph of 10 000 tensors with the same megabyte: 10 GB."""
     data = builder.CreateByteVector(bytes(1 << 20))
     tensors = []
-    for number in range(10_000):  # 10 GB
+    for number in range(10_000):
         name = builder.CreateString(str(number))
         Tensor.Start(builder)
         Tensor.AddName(builder, name)
         Tensor.AddRawData(builder, data)
         tensors.append(Tensor.End(builder))
-    Graph.StartInitializersVector(builder, len(tensors))
-    for tensor in tensors:
-        builder.PrependUOffsetTRelative(tensor)
-    initializers = builder.EndVector()
+    initializers = vector(builder, Graph.StartInitializersVector, tensors)
     Graph.Start(builder)
     Graph.AddInitializers(builder, initializers)
-    graph = Graph.End(builder)
+    return int(Graph.End(builder))
+
+
+def overlapping_graphs(builder: Any) -> int:
+    """A graph of 900 times the same node, which has 900 times the same empty graph."""
+    Graph.Start(builder)
+    graphs = vector(builder, Attribute.StartGraphsVector, [Graph.End(builder)] * 900)
+    Attribute.Start(builder)
+    Attribute.AddGraphs(builder, graphs)
+    attributes = vector(builder, Node.StartAttributesVector, [Attribute.End(builder)])
+    Node.Start(builder)
+    Node.AddAttributes(builder, attributes)
+    nodes = vector(builder, Graph.StartNodesVector, [Node.End(builder)] * 900)
+    Graph.Start(builder)
+    Graph.AddNodes(builder, nodes)
+    return int(Graph.End(builder))
+
+
+@pytest.mark.parametrize("graph", [overlapping_tensors, overlapping_graphs])
+def test_parts_that_overlap_are_refused_before_they_take_memory(
+    graph: Callable[[Any], int], tmp_path: Path
+) -> None:
+    builder = flatbuffers.Builder(0)
+    version = builder.CreateString("6")
+    root = graph(builder)
     Model.Start(builder)
-    Model.AddGraph(builder, graph)
+    Model.AddGraph(builder, root)
     model = Model.End(builder)
     InferenceSession.Start(builder)
     InferenceSession.AddOrtVersion(builder, version)

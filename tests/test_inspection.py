@@ -272,6 +272,23 @@ def test_names_do_not_control_the_terminal(
     assert json.loads(capsys.readouterr().out)["not_taken_apart"] == unread
 
 
+def test_only_what_is_elsewhere_is_said_to_be_in_another_file(
+    package: tuple[Path, Packages],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    artifact, exporter = package
+    unread = {"empty": 0, "constants": None}
+    describe = lambda artifact: Description(exporter.files(artifact), [], unread=unread)  # noqa: E731
+    monkeypatch.setattr(exporter, "describe", describe)
+    assert main(["inspect", str(artifact)]) == 0
+    out = capsys.readouterr().out
+    assert "not taken apart: empty, 0 B" in out
+    assert "not taken apart: constants, in another file" in out
+    assert main(["inspect", str(artifact), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["not_taken_apart"] == unread
+
+
 def test_totals_are_printed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(checkpoint), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

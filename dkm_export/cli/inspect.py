@@ -90,7 +90,9 @@ def _show(found: Inspection, totals: dict[str, Any], terminal: Terminal) -> None
         _print_layers(found.layers, terminal)
     _print_dense(found.dense, terminal)
     for what, count in found.description.unread.items():
-        terminal.print(f"not taken apart: {what}, {size(count) if count else 'in another file'}")
+        terminal.print(
+            f"not taken apart: {what}, {'in another file' if count is None else size(count)}"
+        )
     _print_totals(totals, terminal)
 
 

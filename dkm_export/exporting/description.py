@@ -69,13 +69,14 @@ class Description:
         files: that it consists of.
         tensors: all that are stored; those with ``bits`` are compressed, the others dense.
         palettes: by name, those of which LUT and indices are known bit for bit.
-        unread: bytes of what was not taken apart, by what it is; 0 where it is not in the files.
+        unread: bytes of what was not taken apart, by what it is; None where that is elsewhere, in
+            no file of the artifact.
     """
 
     files: Sequence[Path]
     tensors: Sequence[StoredTensor]
     palettes: Mapping[str, Palette] = field(default_factory=dict)
-    unread: Mapping[str, int] = field(default_factory=dict)
+    unread: Mapping[str, int | None] = field(default_factory=dict)
 
 
 def stored_palette(

@@ -15,7 +15,7 @@ from dkm_exporters.executorch.folders import unpack_folder
 from dkm_exporters.mlprogram.constants import LUT_TO_DENSE
 from dkm_exporters.mlprogram.package import Package
 from dkm_exporters.mlprogram.palettes import read_palettes
-from dkm_exporters.mlprogram.stored import describe
+from dkm_exporters.mlprogram.stored import Unread, describe
 
 PACKAGE: Final = "model.mlpackage"
 METADATA: Final = "metadata.json"
@@ -55,7 +55,7 @@ def read_part(processed: bytes, label: str) -> dict[str, Palette]:
 
 def describe_part(
     processed: bytes, label: str
-) -> tuple[list[StoredTensor], dict[str, Palette], dict[str, int]]:
+) -> tuple[list[StoredTensor], dict[str, Palette], Unread]:
     """What is stored in a delegate, whoever made it, as `stored.describe` says it.
 
     Raises:

@@ -8,6 +8,7 @@ the runtime would read: from its offset on, as many as its shape takes, checked 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,10 @@ class ProgramFile:
             self._segments = self._cut(self._data)
             self._constants = self._segments[self._program.constant_segment.segment_index]
             self._named = {
-                entry.key: self._segments[entry.segment_index]
-                for entry in self._program.named_data or ()
+                entry.key: entry.segment_index for entry in self._program.named_data or ()
             }
+            if any(index >= len(self._segments) for index in self._named.values()):
+                raise ValueError("named data is in a segment that there is not")
         except Exception as error:  # generated code, without a check of its own
             raise InvalidInput(f"{path}: the program is malformed: export it again") from error
 
@@ -95,6 +97,8 @@ class ProgramFile:
         segments = self._program.segments
         if any(segment.offset + segment.size > len(data) for segment in segments):
             raise ValueError("a segment ends after the file")
+        if sum(segment.size for segment in segments) > len(data):
+            raise ValueError("segments overlap")
         # a program without constants names a segment that there is not
         return [data[s.offset : s.offset + s.size] for s in segments] or [memoryview(b"")]
 
@@ -158,9 +162,13 @@ class ProgramFile:
         return [plan.name for plan in self._program.execution_plan]
 
     @property
-    def named_sizes(self) -> dict[str, int]:
-        """Bytes of all data that the file has by name."""
-        return {key: len(data) for key, data in self._named.items()}
+    def named_segments(self) -> Mapping[str, int]:
+        """Numbers of the segments that the file has by name; several names may be of the same."""
+        return self._named
+
+    def segment_size(self, index: int) -> int:
+        """Bytes of a segment."""
+        return len(self._segments[index])
 
     @property
     def initial_bytes(self) -> int:
@@ -177,8 +185,8 @@ class ProgramFile:
 
     def named(self, key: str) -> bytes | None:
         """Data that a delegate asks for by name, or None when the file does not have it."""
-        data = self._named.get(key)
-        return None if data is None else bytes(data)
+        segment = self._named.get(key)
+        return None if segment is None else bytes(self._segments[segment])
 
     def backend(self, method: str, index: int) -> str:
         """The name of the backend that a delegate is for.
@@ -192,19 +200,30 @@ class ProgramFile:
             raise InvalidInput(f"{self.path}: delegate {index} is not within the file") from error
         return name
 
+    def delegate_place(self, method: str, index: int) -> tuple[DataLocation, int]:
+        """Where `delegate` is; delegates of several methods may be in the same place.
+
+        Raises:
+            InvalidInput: when the file does not have the delegate.
+        """
+        try:
+            place = self.plan(method).delegates[index].processed
+            return place.location, place.index
+        except (IndexError, AttributeError) as error:
+            raise InvalidInput(f"{self.path}: delegate {index} is not within the file") from error
+
     def delegate(self, method: str, index: int) -> bytes:
         """What a delegate of a method was given: a graph in a format of its own.
 
         Raises:
             InvalidInput: when the file does not have it.
         """
-        delegates = self.plan(method).delegates
+        location, number = self.delegate_place(method, index)
         try:
-            place = delegates[index].processed
-            if place.location == DataLocation.SEGMENT:
-                return bytes(self._segments[place.index])
-            return bytes(self._program.backend_delegate_data[place.index].data)
-        except (IndexError, AttributeError) as error:
+            if location == DataLocation.SEGMENT:
+                return bytes(self._segments[number])
+            return bytes(self._program.backend_delegate_data[number].data)
+        except IndexError as error:
             raise InvalidInput(f"{self.path}: delegate {index} is not within the file") from error
 
     def set_delegate(self, method: str, index: int, processed: bytes) -> None:

@@ -54,23 +54,26 @@ _WORDS: Final = {
 """What the values of a tensor are, and bits of one."""
 
 
-_CONSTANT, _NAMED = "constant", "named"
+_CONSTANT, _NAMED, _SEGMENT = "constant", "named", "segment"
 _Key = tuple[str, str]
 """A place of data: of which kind, and its number or its name."""
 
 
 class _Quantized(NamedTuple):
-    """Arguments of an operator: a quantized weight, its scales and zero points; and its bits."""
+    """Arguments of an operator: a quantized weight, its scales and zero points.
+
+    And bits of a value, or None for as many as its type has.
+    """
 
     weight: int
     parts: tuple[int, ...]
-    bits: int
+    bits: int | None
 
 
 _QUANTIZED: Final = {
-    "quantized_decomposed::dequantize_per_tensor": _Quantized(0, (), 8),
-    "quantized_decomposed::dequantize_per_channel": _Quantized(0, (1, 2), 8),
-    "quantized_decomposed::embedding_byte": _Quantized(0, (1, 2), 8),
+    "quantized_decomposed::dequantize_per_tensor": _Quantized(0, (), None),
+    "quantized_decomposed::dequantize_per_channel": _Quantized(0, (1, 2), None),
+    "quantized_decomposed::embedding_byte": _Quantized(0, (1, 2), None),
     "quantized_decomposed::embedding_4bit": _Quantized(0, (1, 2), 4),
     "quantized_decomposed::embedding_2bit": _Quantized(0, (1, 2), 2),
 }
@@ -102,8 +105,9 @@ class _Reader:
     file: ProgramFile
     decodes: dict[str, Decode]
     palettes: dict[str, Palette] = field(default_factory=dict)
-    unread: dict[str, int] = field(default_factory=dict)
-    _seen: dict[object, str] = field(default_factory=dict)  # names by places
+    unread: dict[str, int | None] = field(default_factory=dict)
+    # by places: what has them first, and its name, which others may have too
+    _seen: dict[object, tuple[object, str]] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[StoredTensor]:
         """All that is stored; each place once."""
@@ -117,10 +121,22 @@ class _Reader:
         yield from delegated
         if self.file.initial_bytes:
             self.unread["values that buffers have at first"] = self.file.initial_bytes
-        packed = {BLOB_PREFIX + decode.key for decode in self.decodes.values()}
-        for key, size in self.file.named_sizes.items():
-            if (_NAMED, key) not in self._seen and key not in packed:
-                self.unread[f"data named '{key}'"] = size
+        packed = (BLOB_PREFIX + decode.key for decode in self.decodes.values())
+        known = {*self._seen, *(self._data(key) for key in packed)}
+        for key, segment in self.file.named_segments.items():
+            if self._data(key) not in known:
+                known.add(self._data(key))
+                self.unread[f"data named '{key}'"] = self.file.segment_size(segment)
+
+    def _data(self, key: str) -> _Key:
+        """The place of named data, which several names may have; its own where it is elsewhere."""
+        segment = self.file.named_segments.get(key)
+        return (_NAMED, key) if segment is None else (_SEGMENT, str(segment))
+
+    def _first(self, place: object, owner: object, name: str) -> str | None:
+        """The name of what had the place before the owner, or None."""
+        known, first = self._seen.setdefault(place, (owner, name))
+        return None if known == owner else first
 
     def _constants(self) -> Iterator[StoredTensor]:
         """Constants of the program itself, less those that palettes consist of."""
@@ -135,12 +151,13 @@ class _Reader:
                 if place is None or place in self._seen or place in scales:
                     continue
                 entry, data = self._stored(tensor, place)
-                self._seen[place] = entry.name
+                self._seen[place] = place, entry.name
                 if data in parts:
                     continue
                 if place in quantized:
                     operator, own = quantized[place]
-                    entry = self._with_scales(entry, operator, own)
+                    bits = operator.bits or _WORDS[tensor.scalar_type][1]
+                    entry = self._with_scales(entry, operator, bits, own)
                 yield entry
 
     def _quantized(self, plan: Any) -> Iterator[tuple[_Key, tuple[_Quantized, dict[_Key, Any]]]]:
@@ -176,27 +193,24 @@ class _Reader:
         if kind == _CONSTANT:
             data = bytes(self.file.constant_bytes(int(name), nbytes))
             return StoredTensor(f"constant {name}", sizes, word, value_bytes=nbytes), data
-        size = self.file.named_sizes.get(name)
-        if size is None:
-            self.unread[_ELSEWHERE] = 0
-            return StoredTensor(name, sizes, word, reason="in another file"), b""
-        return StoredTensor(name, sizes, word, value_bytes=size), b""
+        size, reason = self._named_bytes(name, nbytes, place, name)
+        return StoredTensor(name, sizes, word, value_bytes=size, reason=reason), b""
 
     def _with_scales(
-        self, entry: StoredTensor, operator: _Quantized, parts: Mapping[_Key, Any]
+        self, entry: StoredTensor, operator: _Quantized, bits: int, parts: Mapping[_Key, Any]
     ) -> StoredTensor:
         """The entry of a weight that is dequantized with these."""
         entries = {place: self._stored(part, place)[0] for place, part in parts.items()}
         new = [x for place, x in entries.items() if place not in self._seen]
-        self._seen |= dict.fromkeys(parts, entry.name)
+        self._seen |= {place: (place, entry.name) for place in parts}
         groups = max((math.prod(x.shape) for x in entries.values()), default=1)
         how = "per channel" if operator.parts else "per tensor"
-        packed = 8 // operator.bits
+        packed = max(8 // bits, 1)
         return replace(
             entry,
             shape=(*entry.shape[:-1], entry.shape[-1] * packed) if entry.shape else (),
-            encoding=f"{entry.encoding if packed == 1 else f'int{operator.bits}'} {how}",
-            bits=operator.bits,
+            encoding=f"{entry.encoding if packed == 1 else f'int{bits}'} {how}",
+            bits=bits,
             groups=groups,
             scale_bytes=sum(x.nbytes for x in new),
         )
@@ -205,10 +219,10 @@ class _Reader:
         """What delegates have, in the program's named data or in what they are given."""
         for method in self.file.methods:
             for index in range(len(self.file.plan(method).delegates)):
-                backend, blob = self.file.backend(method, index), self.file.delegate(method, index)
                 label = f"{method}/delegate {index}"
-                if self._seen.setdefault(blob, label) != label:
+                if self._first(self.file.delegate_place(method, index), label, label):
                     continue  # of another method
+                backend, blob = self.file.backend(method, index), self.file.delegate(method, index)
                 if backend in _XNNPACK:
                     yield from self._xnnpack(blob, label)
                 elif backend == COREML and not missing_packages(("coremltools",), "coreml"):
@@ -245,7 +259,6 @@ class _Reader:
         beside = {x.number: layers[x.place.key] for x in constants if x.place.key in layers}
         for constant in constants:
             if constant.place.key in layers:
-                self._seen[_NAMED, constant.place.key] = layers[constant.place.key]
                 continue
             if constant.role == "bias" and constant.beside in beside:
                 name = f"bias beside {beside[constant.beside]}"
@@ -257,10 +270,10 @@ class _Reader:
 
     def _xnnpack_constant(self, constant: Constant, name: str, label: str) -> StoredTensor:
         word, bits = DATA_TYPES.get(constant.data_type, (f"type {constant.data_type}", None))
-        nbytes, reason = self._new_bytes(constant.place, name, label)
+        nbytes, reason = self._new_bytes(constant.place, constant, name, label)
         scale_bytes = constant.scale_bytes
         if constant.scale_place is not None:
-            scale_bytes += self._new_bytes(constant.scale_place, name, label)[0]
+            scale_bytes += self._new_bytes(constant.scale_place, constant, name, label)[0]
         how = "per channel" if constant.scales else "per tensor"
         if constant.block:
             how = f"in blocks of {constant.block}"
@@ -275,21 +288,36 @@ class _Reader:
             reason=reason,
         )
 
-    def _new_bytes(self, place: Place, name: str, label: str) -> tuple[int, str]:
+    def _new_bytes(
+        self, place: Place, constant: Constant, name: str, label: str
+    ) -> tuple[int, str]:
         """Bytes at a place of a part, 0 where they are counted already; and what is to be known."""
-        key: object = (_NAMED, place.key) if place.key else (label, place.offset)
-        first = self._seen.setdefault(key, name)
-        if first != name:
+        owner = label, constant.number
+        if place.key:
+            return self._named_bytes(place.key, place.size, owner, name)
+        first = self._first((label, place.offset), owner, name)
+        return (place.size, "") if first is None else (0, f"the same bytes as {first}")
+
+    def _named_bytes(self, key: str, least: int, owner: object, name: str) -> tuple[int, str]:
+        """Bytes of named data, 0 where they are counted already; and what is to be known.
+
+        Args:
+            key: of the data.
+            least: bytes that it has to have.
+            owner: what it belongs to.
+            name: of the owner.
+        """
+        segment = self.file.named_segments.get(key)
+        first = self._first(self._data(key), owner, name)
+        if first is not None:
             return 0, f"the same bytes as {first}"
-        if not place.key:
-            return place.size, ""
-        size = self.file.named_sizes.get(place.key)
-        if size is None:
-            self.unread[_ELSEWHERE] = 0
+        if segment is None:
+            self.unread[_ELSEWHERE] = None
             return 0, "in another file"
-        if size < place.size:
-            raise self._malformed(f"'{place.key}'")
-        return place.size, ""
+        size = self.file.segment_size(segment)
+        if size < least:
+            raise self._malformed(f"'{key}'")
+        return size, ""
 
     def _malformed(self, what: str) -> InvalidInput:
         return InvalidInput(f"{self.file.path}: {what} is malformed: export it again")

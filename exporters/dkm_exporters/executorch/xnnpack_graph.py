@@ -6,6 +6,7 @@ here in the order in which they stand there, a union being two: its type, and it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
@@ -19,6 +20,8 @@ _UNION_TYPE, _UNION = 0, 1
 _PLAIN_TENSOR: Final = 1
 """The first type of a value; the other is a tensor with what quantizes it."""
 _NO_OFFSET: Final = (1 << 64) - 1
+_MOST_AXES: Final = 64
+"""Of a constant: sizes come from files, and are multiplied."""
 
 
 class _Layer(NamedTuple):
@@ -165,7 +168,9 @@ def _constant(
     tensor = outer if kind == _PLAIN_TENSOR or outer is None else outer.table(0)
     if tensor is None or not tensor.number(3):  # 0 stands for no constant
         return None
-    number = tensor.number(6)
+    number, shape, place = tensor.number(6), tuple(tensor.numbers(2)), places[tensor.number(3)]
+    if len(shape) > _MOST_AXES or (place.size and math.prod(shape) > 8 * place.size):
+        raise ValueError("a constant has too many axes, or more values than bits")
     node, role, beside = roles.get(number, (None, "", None))
     constant = Constant(
         number,
@@ -173,18 +178,18 @@ def _constant(
         role,
         beside,
         tensor.number(0, "<h"),
-        tuple(tensor.numbers(2)),
-        places[tensor.number(3)],
+        shape,
+        place,
     )
     scales = _QUANTIZED.get(outer.number(1, "<B")) if outer is not tensor and outer else None
     quantization = outer.table(2) if scales is not None and outer is not None else None
     if scales is None or quantization is None:
         return constant
-    inside, place = quantization.numbers(scales.inside, "<f"), quantization.number(scales.place)
+    inside, elsewhere = quantization.numbers(scales.inside, "<f"), quantization.number(scales.place)
     return replace(
         constant,
         scales=len(inside) or quantization.number(scales.number),
         scale_bytes=4 * len(inside),
-        scale_place=places[place] if place and not inside else None,
+        scale_place=places[elsewhere] if elsewhere and not inside else None,
         block=quantization.number(scales.block) if scales.block is not None else None,
     )

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from dkm_export.errors import InvalidInput, Unsupported
+from dkm_export.errors import DkmError, InvalidInput, Unsupported
 from dkm_export.palette import MAX_DIM, unpack
 from dkm_exporters.mlprogram.package import Array, Constant, Operation, Package, Reference
 
@@ -26,6 +26,29 @@ _MOST_BYTES: Final = 1 << 30
 """Of one decoded constant: few bytes of indices and long vectors may stand for very many."""
 
 _MOST_BYTES_TOGETHER: Final = 1 << 32
+
+
+@dataclass
+class Memory:
+    """What may still be decoded.
+
+    Attributes:
+        left: in bytes. Below 0 it was too much, and nothing more is decoded.
+        limit: in words.
+    """
+
+    left: int
+    limit: str
+
+    def take(self, arguments: Arguments, nbytes: int = 0) -> None:
+        """Account for what an operation was decoded to.
+
+        Raises:
+            Unsupported: when so many bytes are not left.
+        """
+        self.left -= nbytes
+        if self.left < 0:
+            raise arguments.unsupported(f"decoded weights take more than {self.limit}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,25 +200,79 @@ def decode_constants(
             parts |= operation.references
             needed |= operation.references
     known: dict[str, Constant] = {}
-    nbytes = 0
+    memory = Memory(_MOST_BYTES_TOGETHER, "4 GiB")
     for operation in package.operations:
         if operation.kind not in DECODERS or needed.isdisjoint(operation.outputs):
             continue
-        arguments = Arguments(package, operation, known)
-        with np.errstate(all="ignore"):
-            values = DECODERS[operation.kind](arguments)
-        if len(values) != len(operation.outputs):
-            raise arguments.invalid(f"it has {len(operation.outputs)} outputs")
-        if operation.kind != "const":  # which needs no memory of its own
-            nbytes += sum(value.nbytes for value in values if isinstance(value, np.ndarray))
-        if nbytes > _MOST_BYTES_TOGETHER:
-            raise arguments.unsupported("decoded weights take more than 4 GiB")
-        yield operation, values
-        known.update(
-            (name, value)
-            for name, value in zip(operation.outputs, values, strict=True)
-            if name in parts
-        )
+        values = _decode(Arguments(package, operation, known), operation, memory)
+        yield operation, [*values.values()]
+        known.update((name, value) for name, value in values.items() if name in parts)
+
+
+def _decode(arguments: Arguments, operation: Operation, memory: Memory) -> dict[str, Constant]:
+    """The values of an operation by the names of its outputs."""
+    memory.take(arguments)
+    with np.errstate(all="ignore"):
+        values = DECODERS[operation.kind](arguments)
+    if len(values) != len(operation.outputs):
+        raise arguments.invalid(f"it has {len(operation.outputs)} outputs")
+    if operation.kind != "const":  # which needs no memory of its own
+        arrays = (value for value in values if isinstance(value, np.ndarray))
+        memory.take(arguments, sum(array.nbytes for array in arrays))
+    return dict(zip(operation.outputs, values, strict=True))
+
+
+class Constants:
+    """The constants of a program, each decoded when it is first needed, and never again.
+
+    Args:
+        package: the program.
+        memory: that they may take.
+
+    Attributes:
+        known: what is decoded, by name.
+    """
+
+    def __init__(self, package: Package, memory: Memory) -> None:
+        self.known: dict[str, Constant] = {}
+        self._package, self._memory = package, memory
+        self._failed: dict[str, DkmError] = {}
+        self._made = {
+            output: number
+            for number, operation in enumerate(package.operations)
+            if operation.kind in DECODERS
+            for output in operation.outputs
+        }
+
+    def require(self, wanted: Collection[str]) -> None:
+        """Decode what is wanted and a constant, and what that is made of.
+
+        Raises:
+            InvalidInput: when arguments do not fit each other.
+            Unsupported: when arguments are not constants, or there is not enough memory.
+        """
+        needed, left = set[int](), list(wanted)
+        while left:
+            name = left.pop()
+            number = self._made.get(name)
+            done = name in self.known or name in self._failed
+            if number is not None and number not in needed and not done:
+                needed.add(number)
+                left.extend(self._package.operations[number].references)
+        for number in sorted(needed):
+            self._add(self._package.operations[number])
+        for name in sorted(self._failed.keys() & wanted):
+            raise self._failed[name].with_traceback(None)
+
+    def _add(self, operation: Operation) -> None:
+        """Decode one operation, or note why that cannot be done."""
+        arguments = Arguments(self._package, operation, self.known)
+        try:
+            for name in sorted(operation.references & self._failed.keys()):
+                raise self._failed[name].with_traceback(None)
+            self.known.update(_decode(arguments, operation, self._memory))
+        except DkmError as error:
+            self._failed.update(dict.fromkeys(operation.outputs, error))
 
 
 def read_lut(arguments: Arguments) -> Lut:

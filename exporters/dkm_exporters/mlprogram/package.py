@@ -2,9 +2,9 @@
 
 Nothing here runs Core ML or trusts the package: no path leaves its folder, and every offset and
 size is checked against the bytes that are there. Values take at most eight times the memory of the
-files: no two records of a file may share bytes, and one bit becomes at most one byte. Formats:
-``Manifest.json``, ``Model.proto`` and ``MIL.proto`` of coremltools 9.0, and the storage format of
-its ``mlmodel/src/MILBlob``.
+files: no two records of a file may share bytes, and one bit becomes at most one byte. What
+`palettes` makes of them has a limit of its own. Formats: ``Manifest.json``, ``Model.proto`` and
+``MIL.proto`` of coremltools 9.0.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -24,14 +24,9 @@ from google.protobuf.message import DecodeError
 
 from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.palette import packed_size, unpack
+from dkm_exporters.mlprogram.weights import DATA_TYPES, DataType, Shape, WeightFiles
 
 Array = npt.NDArray[Any]
-Shape = tuple[int, ...]
-
-_MODEL_FOLDER: Final = "@model_path/"
-_SENTINEL: Final = 0xDEADBEEF
-_RECORD: Final = struct.Struct("<IIQQQ")
-"""Sentinel, data type, bytes, offset of the data, unused bits at the end; then reserved bytes."""
 
 _LARGEST_MODEL: Final = 1 << 31
 """Bytes of a model file; protobuf reads no more."""
@@ -39,43 +34,6 @@ _LARGEST_MODEL: Final = 1 << 31
 _MOST_AXES: Final = 32
 _MOST_ELEMENTS: Final = 1 << 48
 """Of one value, sizes of 0 counted as 1; beyond, numpy's own arithmetic overflows."""
-
-
-@dataclass(frozen=True)
-class _DataType:
-    """How values of a MIL data type are stored.
-
-    Attributes:
-        dtype: of the array they are read into.
-        bits: per value in packed bytes, or None where they are never packed.
-        blob: number of the type in ``weight.bin``, or None where it is never there.
-        field: of ``TensorValue``, for values inside the model file.
-    """
-
-    dtype: type[np.generic]
-    bits: int | None
-    blob: int | None
-    field: str
-
-
-_DATA_TYPES: Final = {
-    MIL_pb2.BOOL: _DataType(np.bool_, None, None, "bools"),
-    MIL_pb2.FLOAT16: _DataType(np.float16, 16, 1, "bytes"),
-    MIL_pb2.FLOAT32: _DataType(np.float32, 32, 2, "floats"),
-    MIL_pb2.INT4: _DataType(np.int8, 4, 8, "bytes"),
-    MIL_pb2.INT8: _DataType(np.int8, 8, 4, "bytes"),
-    MIL_pb2.INT16: _DataType(np.int16, 16, 6, "ints"),
-    MIL_pb2.INT32: _DataType(np.int32, 32, 14, "ints"),
-    MIL_pb2.INT64: _DataType(np.int64, None, None, "longInts"),
-    MIL_pb2.UINT1: _DataType(np.uint8, 1, 9, "bytes"),
-    MIL_pb2.UINT2: _DataType(np.uint8, 2, 10, "bytes"),
-    MIL_pb2.UINT3: _DataType(np.uint8, 3, 12, "bytes"),
-    MIL_pb2.UINT4: _DataType(np.uint8, 4, 11, "bytes"),
-    MIL_pb2.UINT6: _DataType(np.uint8, 6, 13, "bytes"),
-    MIL_pb2.UINT8: _DataType(np.uint8, 8, 3, "bytes"),
-    MIL_pb2.UINT16: _DataType(np.uint16, 16, 7, "ints"),
-    MIL_pb2.UINT32: _DataType(np.uint32, 32, 15, "bytes"),
-}
 
 
 @dataclass(frozen=True)
@@ -144,7 +102,7 @@ class Operation:
         outputs: their types by name.
         place: where it is, such as ``operation 12 of 40 in function 'main'``.
         storage: of the arguments that are tensors, by parameter name.
-        nested: whether there are blocks inside it.
+        nested: bytes of the blocks inside it.
     """
 
     kind: str
@@ -152,7 +110,7 @@ class Operation:
     outputs: dict[str, TensorType]
     place: str
     storage: dict[str, Storage]
-    nested: bool
+    nested: int
 
     @property
     def name(self) -> str:
@@ -192,13 +150,15 @@ class Package:
         self.path = path
         self._label = label or str(path)
         model_file = self._model_file()
-        self._model_folder = model_file.parent.relative_to(path.resolve())
-        self._weights: dict[str, npt.NDArray[np.uint8]] = {}
-        self._unread: dict[str, int] = {}
-        self._records: dict[tuple[str, int, int, Shape], Array] = {}
+        folder = model_file.parent.relative_to(path.resolve())
+        self._weights = WeightFiles(lambda name: self._file(str(folder / name)), self.invalid)
+        self._values: dict[tuple[Path, int, int, Shape], Array] = {}
+        self._nested: set[str] = set()
         model = Model_pb2.Model()
+        content = self._content(model_file)
+        self._model_bytes = len(content)
         try:
-            model.ParseFromString(self._content(model_file))
+            model.ParseFromString(content)
         except DecodeError as error:
             raise self.invalid(f"{model_file.name} is not a Core ML model") from error
         if model.WhichOneof("Type") != "mlProgram":
@@ -207,6 +167,22 @@ class Package:
         self.metadata = dict(model.description.metadata.userDefined)
         self.functions = list(model.mlProgram.functions)
         self._read(model.description.defaultFunctionName or "main")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model file, and of the weight files of which it has taken something."""
+        return self._model_bytes + self._weights.nbytes
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of the records of weight files that no operation of a function so far has taken.
+
+        Raises:
+            InvalidInput: when there is not the file that an operation in a block takes one of.
+        """
+        for name in self._nested:
+            self._weights.file(name)
+        return self._weights.unread_bytes
 
     def another(self, function: str) -> Self:
         """The same program's function of this name, which is one of `functions`.
@@ -308,12 +284,15 @@ class Package:
             if len(argument.arguments) == 1 and argument.arguments[0].HasField("value"):
                 values[name] = argument.arguments[0].value
         outputs = {output.name: _tensor_type(output.type) for output in operation.outputs}
+        if any(len(output.shape or ()) > _MOST_AXES for output in outputs.values()):
+            raise self.invalid(f"{place} gives a value with too many axes")
         storage = {
             name: self._storage(value)
             for name, value in values.items()
             if isinstance(arguments[name][0], np.ndarray)
         }
-        nested = bool(operation.blocks)
+        nested = sum(block.ByteSize() for block in operation.blocks)
+        self._nested.update(name for block in operation.blocks for name in _weight_files(block))
         return Operation(operation.type, arguments, outputs, place, storage, nested)
 
     def _storage(self, value: Any) -> Storage:
@@ -327,7 +306,8 @@ class Package:
             # protobuf stores small integers in few bytes
             nbytes = min(nbytes, value.immediateValue.ByteSize())
             return Storage(word, bits, shape, nbytes, None)
-        place = (value.blobFileValue.fileName, value.blobFileValue.offset)
+        blob = value.blobFileValue
+        place = (str(self._weights.file(blob.fileName)), blob.offset)
         return Storage(word, bits, shape, nbytes, place)
 
     def _value(self, value: Any) -> Constant:
@@ -369,12 +349,12 @@ class Package:
             raise self.invalid("a value has too many axes or elements")
         return tuple(sizes)
 
-    def _data_type(self, number: int) -> _DataType:
-        if number not in _DATA_TYPES:
+    def _data_type(self, number: int) -> DataType:
+        if number not in DATA_TYPES:
             raise self.unsupported(f"data type {number} is not known")
-        return _DATA_TYPES[number]
+        return DATA_TYPES[number]
 
-    def _immediate(self, tensor: Any, data_type: _DataType, shape: Shape) -> Array:
+    def _immediate(self, tensor: Any, data_type: DataType, shape: Shape) -> Array:
         if tensor.WhichOneof("value") not in (data_type.field, None):
             raise self.invalid(f"a value is not in the field '{data_type.field}'")
         values = getattr(tensor, data_type.field).values
@@ -387,49 +367,16 @@ class Package:
         except OverflowError as error:
             raise self.invalid(f"a value exceeds {data_type.dtype.__name__}") from error
 
-    def _blob(self, name: str, offset: int, data_type: _DataType, shape: Shape) -> Array:
+    def _blob(self, name: str, offset: int, data_type: DataType, shape: Shape) -> Array:
         """Read one record: a header at ``offset``, which says where the data is."""
-        key = (name, offset, data_type.blob or 0, shape)
-        if key not in self._records:
-            packed = self._record(name, offset, data_type, shape)
-            self._records[key] = self._unpacked(packed, data_type, shape)
-        return self._records[key]
+        file = self._weights.file(name)
+        key = (file, offset, data_type.blob or 0, shape)
+        if key not in self._values:
+            packed = self._weights.record(file, offset, data_type, shape)
+            self._values[key] = self._unpacked(packed, data_type, shape)
+        return self._values[key]
 
-    def _record(
-        self, name: str, offset: int, data_type: _DataType, shape: Shape
-    ) -> npt.NDArray[np.uint8]:
-        content = self._weight_file(name)
-        where = f"{Path(name).name}: the record at {offset}"
-        if offset + _RECORD.size > content.size:
-            raise self.invalid(f"{where} lies beyond the end of the file ({content.size} bytes)")
-        sentinel, blob_type, size, start, padding = _RECORD.unpack_from(content.data, offset)
-        if sentinel != _SENTINEL:
-            raise self.invalid(f"{where} does not begin with {_SENTINEL:#x}")
-        if blob_type != data_type.blob or data_type.bits is None:
-            raise self.invalid(f"{where} is of data type {blob_type}, not {data_type.blob}")
-        if start + size > content.size:
-            raise self.invalid(f"{where} ends beyond the end of the file ({content.size} bytes)")
-        if data_type.bits < 8 and padding != 8 * size - data_type.bits * math.prod(shape):
-            raise self.invalid(f"{where} has {padding} unused bits, which does not fit its shape")
-        self._unread[name] -= size
-        if self._unread[name] < 0:
-            raise self.invalid(f"{where} shares bytes with another one")
-        return content[start : start + size]
-
-    def _weight_file(self, name: str) -> npt.NDArray[np.uint8]:
-        """The content of ``@model_path/...``, mapped into memory."""
-        if not name.startswith(_MODEL_FOLDER):
-            raise self.invalid(f"'{name}' is not below {_MODEL_FOLDER}")
-        if name not in self._weights:
-            file = self._file(str(self._model_folder / name.removeprefix(_MODEL_FOLDER)))
-            try:
-                self._weights[name] = np.asarray(np.memmap(file, np.uint8, "r"))
-            except (OSError, ValueError) as error:  # ValueError: nothing in it
-                raise self.invalid(f"'{file.name}' is empty or cannot be read") from error
-            self._unread[name] = self._weights[name].size
-        return self._weights[name]
-
-    def _unpacked(self, packed: npt.NDArray[np.uint8], data_type: _DataType, shape: Shape) -> Array:
+    def _unpacked(self, packed: npt.NDArray[np.uint8], data_type: DataType, shape: Shape) -> Array:
         assert data_type.bits is not None
         count = math.prod(shape)
         expected = packed_size(count, data_type.bits)
@@ -444,6 +391,17 @@ class Package:
             sign = 1 << (data_type.bits - 1)
             return (values ^ sign).astype(np.int8) - np.int8(sign)
         return values
+
+
+def _weight_files(block: Any) -> Iterator[str]:
+    """Those that the values in a block are in; protobuf reads no deeper nesting than 100."""
+    for operation in block.operations:
+        bound = (x.value for given in operation.inputs.values() for x in given.arguments)
+        for value in (*operation.attributes.values(), *bound):
+            if value.WhichOneof("value") == "blobFileValue":
+                yield value.blobFileValue.fileName
+        for inner in operation.blocks:
+            yield from _weight_files(inner)
 
 
 def _tensor_type(value_type: Any) -> TensorType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Final
 
@@ -18,11 +18,12 @@ from dkm_exporters.mlprogram.constants import (
     LUT_TO_DENSE,
     SHIFT_SCALE,
     Arguments,
+    Constants,
     Lut,
-    decode_constants,
+    Memory,
     read_lut,
 )
-from dkm_exporters.mlprogram.package import Constant, Operation, Package, Reference
+from dkm_exporters.mlprogram.package import Operation, Package, Reference
 
 LAYERS_KEY: Final = "dkm_export.layers"
 """User-defined metadata: JSON of `Layer` by the name of the operation that holds its palette."""
@@ -57,35 +58,31 @@ def read_palettes(package: Package) -> dict[str, Palette]:
         InvalidInput: when the package is malformed.
         Unsupported: when a palette has no `Palette` equivalent.
     """
-    operations = _lookups(package)
-    layers = layer_names(package)
-    parts = _decoded(
-        package, {name for operation in operations.values() for name in operation.references}
-    )
-    scalings = _scalings(package)
-    palettes = {}
-    for name, operation in operations.items():
-        own, palette = _read(package, operation, layers.get(name), parts, scalings.get(name))
-        palettes[own] = palette
-    return palettes
+    layers, reader = layer_names(package), _Reader(package)
+    found = {}
+    for name, operation in _lookups(package).items():
+        layer = layers.get(name)
+        found[layer.name if layer else name] = reader.read(operation, layer)
+    return found
 
 
 def palettes_of_any(package: Package) -> tuple[dict[str, Palette], dict[str, str]]:
-    """The palettes of a package of any tool by the names of their operations, as far as they go.
+    """The palettes of a package of any tool, as far as they go.
 
     Returns:
-        Those that `Palette` can express, and why it cannot express the others.
+        Those that `Palette` can express, and why it cannot express the others, by the names of the
+        operations that give the weights: what scales a palette, or what decodes it.
     """
     palettes, refused = {}, {}
-    scalings = _scalings(package)
+    reader = _Reader(package)
     for name, operation in _lookups(package).items():
-        scaling = scalings.get(name)
-        wanted = operation.references | (scaling.references - {name} if scaling else set())
+        scaling = reader.scalings.get(name)
+        weight = scaling.name if scaling else name
         try:
-            parts = _decoded(package, wanted)
-            palettes[name] = _read(package, operation, None, parts, scaling)[1]
+            palettes[weight] = reader.read(operation)
         except DkmError as error:
-            refused[name] = str(error).partition(f"{name}: ")[2] or str(error)
+            texts = (str(error).partition(f"{x}: ")[2] for x in dict.fromkeys((name, weight)))
+            refused[weight] = next(filter(None, texts), str(error))
     return palettes, refused
 
 
@@ -93,39 +90,49 @@ def _lookups(package: Package) -> dict[str, Operation]:
     return {op.name: op for op in package.operations if op.kind == LUT_TO_DENSE}
 
 
-def _decoded(package: Package, wanted: Collection[str]) -> dict[str, Constant]:
-    parts: dict[str, Constant] = {}
-    for made, values in decode_constants(package, wanted):
-        parts.update(zip(made.outputs, values, strict=True))
-    return parts
+class _Reader:
+    """Decodes the palettes of a package.
 
+    All together they take at most eight times the memory of its files: of each bit of an index, a
+    byte. Operations that share a part of the files count it each.
 
-def _scalings(package: Package) -> dict[str, Operation]:
-    """What scales a decoded weight, by the name of the operation that decodes it."""
-    return {
-        reference.name: operation
-        for operation in package.operations
-        if operation.kind == SHIFT_SCALE
-        for reference in operation.arguments.get("data", [])
-        if isinstance(reference, Reference)
-    }
+    Attributes:
+        scalings: what scales a decoded weight, by the name of the operation that decodes it.
+    """
 
+    def __init__(self, package: Package) -> None:
+        self.scalings = {
+            reference.name: operation
+            for operation in package.operations
+            if operation.kind == SHIFT_SCALE
+            for reference in operation.arguments.get("data", [])
+            if isinstance(reference, Reference)
+        }
+        self._package = package
+        self._memory = Memory(8 * package.nbytes, "eight times the memory of the files")
+        self._constants = Constants(package, self._memory)
 
-def _read(
-    package: Package,
-    operation: Operation,
-    layer: Layer | None,
-    parts: Mapping[str, Constant],
-    scaling: Operation | None,
-) -> tuple[str, Palette]:
-    """The name and the palette of one operation."""
-    lut = read_lut(Arguments(package, operation, parts))
-    name, axis = (layer.name, layer.axis) if layer else (operation.name, lut.axis or 0)
-    palette = _palette(package, name, axis, lut)
-    if scaling is not None:
-        scale = _scale(Arguments(package, scaling, parts), palette)
-        palette = replace(palette, scale=scale)
-    return name, palette
+    def read(self, operation: Operation, layer: Layer | None = None) -> Palette:
+        """The palette of an operation, with its scale.
+
+        Raises:
+            InvalidInput: when its arguments do not fit each other.
+            Unsupported: when it has no `Palette` equivalent, or takes too much memory.
+        """
+        package, scaling = self._package, self.scalings.get(operation.name)
+        self._constants.require(operation.references)
+        arguments = Arguments(package, operation, self._constants.known)
+        self._memory.take(arguments)
+        lut = read_lut(arguments)
+        self._memory.take(arguments, lut.indices.nbytes + lut.table.nbytes)
+        name, axis = (layer.name, layer.axis) if layer else (operation.name, lut.axis or 0)
+        palette = _palette(package, name, axis, lut)
+        if scaling is None:
+            return palette
+        self._constants.require(scaling.references - {operation.name})
+        scale = _scale(Arguments(package, scaling, self._constants.known), palette)
+        self._memory.take(arguments, scale.nbytes)
+        return replace(palette, scale=scale)
 
 
 def layers_metadata(operations: Mapping[str, str], palettes: Mapping[str, Palette]) -> str:

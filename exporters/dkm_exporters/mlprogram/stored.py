@@ -51,7 +51,11 @@ _MOST_NESTED: Final = 8
 """Operations that a constant may go through; coremltools writes three."""
 
 
-def describe(package: Package) -> tuple[list[StoredTensor], dict[str, Palette], dict[str, int]]:
+Unread = dict[str, int | None]
+"""As in `Description`."""
+
+
+def describe(package: Package) -> tuple[list[StoredTensor], dict[str, Palette], Unread]:
     """The tensors of all functions, the palettes that are known bit for bit, and what is unread.
 
     What `dkm export` wrote has to be as `read_palettes` wants it.
@@ -72,18 +76,28 @@ def describe(package: Package) -> tuple[list[StoredTensor], dict[str, Palette], 
         reason = refused.get(entry.name, "")
         noted = replace(entry, reason=f"only listed: {reason}") if reason else entry
         tensors.append(replace(noted, name=names.get(entry.name, entry.name)))
-    nested = [package] if any(x.nested for x in package.operations) else []
+    nested = {package.function: _nested_bytes(package)}
     for name in package.functions:
         if name != package.function:
             other = package.another(name)
-            nested += [other] if any(x.nested for x in other.operations) else []
+            nested[name] = _nested_bytes(other)
             tensors += [
                 replace(entry, name=f"{name}/{entry.name}")
                 for entry in _Function(other, counted).tensors()
                 if entry.nbytes  # what functions share is listed once
             ]
-    unread = {f"blocks of operations in function '{part.function}'": 0 for part in nested}
+    unread: Unread = {
+        f"blocks of operations in function '{name}'": count
+        for name, count in nested.items()
+        if count
+    }
+    if package.unread_bytes:
+        unread["weights that are taken in blocks only, or not at all"] = package.unread_bytes
     return distinct(tensors), palettes, unread
+
+
+def _nested_bytes(package: Package) -> int:
+    return sum(operation.nested for operation in package.operations)
 
 
 @dataclass

@@ -13,6 +13,30 @@ from dkm_export.errors import InvalidInput
 
 
 @dataclass(frozen=True, eq=False)
+class Scope:
+    """A graph or a function, in which names are looked up.
+
+    Attributes:
+        outer: the graph around it, of which it knows the names too.
+        nodes: its own.
+        values: what its own names stand for: a tensor that is stored, or None.
+    """
+
+    outer: Scope | None = None
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    values: dict[str, onnx.TensorProto | None] = field(default_factory=dict)
+
+    def find(self, name: str) -> onnx.TensorProto | None:
+        """The stored tensor that a node here means by a name."""
+        scope: Scope | None = self
+        while scope is not None:
+            if name in scope.values:
+                return scope.values[name]
+            scope = scope.outer
+        return None
+
+
+@dataclass(frozen=True, eq=False)
 class Contents:
     """The parts of a model that are of interest here.
 
@@ -21,8 +45,8 @@ class Contents:
         metadata: of the model.
         initializers: of the main graph.
         constants: of nodes, and initializers of subgraphs.
-        sparse: initializers of which only some values are stored.
-        nodes: that may take them, of subgraphs and functions too.
+        sparse: initializers and constants of which only some values are stored.
+        scopes: the nodes that may take them, by graph and function.
     """
 
     path: Path
@@ -30,30 +54,57 @@ class Contents:
     initializers: list[onnx.TensorProto] = field(default_factory=list)
     constants: list[onnx.TensorProto] = field(default_factory=list)
     sparse: list[onnx.SparseTensorProto] = field(default_factory=list)
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    scopes: list[Scope] = field(default_factory=list)
 
-    def add_graph(self, graph: onnx.GraphProto, *, main: bool = False) -> None:
+    @property
+    def nodes(self) -> Iterator[onnx.NodeProto]:
+        """Those of all scopes."""
+        return (node for scope in self.scopes for node in scope.nodes)
+
+    @property
+    def tensors(self) -> Iterator[onnx.TensorProto]:
+        """All that are stored, the two that each sparse one consists of among them."""
+        yield from self.initializers
+        yield from self.constants
+        for sparse in self.sparse:
+            yield from (sparse.values, sparse.indices)
+
+    def add_graph(
+        self, graph: onnx.GraphProto, *, main: bool = False, outer: Scope | None = None
+    ) -> None:
         """Add what is in a graph, and in those of its nodes."""
-        (self.initializers if main else self.constants).extend(graph.initializer)
+        tensors = list(graph.initializer)
+        (self.initializers if main else self.constants).extend(tensors)
         self.sparse.extend(graph.sparse_initializer)
-        self.add_nodes(graph.node)
+        scope = Scope(outer)
+        scope.values.update((given.name, None) for given in graph.input)
+        scope.values.update((tensor.name, tensor) for tensor in tensors)
+        self.add_nodes(graph.node, scope)
 
-    def add_nodes(self, nodes: Iterable[onnx.NodeProto]) -> None:
-        """Add nodes, their graphs, and the tensors that they hold."""
+    def add_nodes(self, nodes: Iterable[onnx.NodeProto], scope: Scope) -> None:
+        """Add the nodes of a scope, their graphs, and the tensors that they hold."""
+        self.scopes.append(scope)
         for node in nodes:
-            self.nodes.append(node)
+            scope.nodes.append(node)
+            scope.values.update(dict.fromkeys(node.output))
             for attribute in node.attribute:
                 # protobuf reads no deeper nesting than 100
                 for graph in (
                     *attribute.graphs,
                     *([attribute.g] if attribute.HasField("g") else []),
                 ):
-                    self.add_graph(graph)
+                    self.add_graph(graph, outer=scope)
                 if node.op_type == "Constant" and attribute.HasField("t") and attribute.t.dims:
                     constant = onnx.TensorProto()
                     constant.CopyFrom(attribute.t)
                     constant.name = next(iter(node.output), "")
+                    scope.values[constant.name] = constant
                     self.constants.append(constant)
+                if node.op_type == "Constant" and attribute.HasField("sparse_tensor"):
+                    sparse = onnx.SparseTensorProto()
+                    sparse.CopyFrom(attribute.sparse_tensor)
+                    sparse.values.name = next(iter(node.output), "")
+                    self.sparse.append(sparse)
 
 
 def read_contents(path: Path) -> Contents:
@@ -68,7 +119,7 @@ def read_contents(path: Path) -> Contents:
         contents = Contents(path, {entry.key: entry.value for entry in model.metadata_props})
         contents.add_graph(model.graph, main=True)
         for function in model.functions:
-            contents.add_nodes(function.node)
+            contents.add_nodes(function.node, Scope())
     except OSError as error:
         raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from error
     except DecodeError as error:
@@ -82,8 +133,7 @@ def _texts(contents: Contents) -> Iterator[str]:
     """All texts that are used; protobuf gives bytes for what is not UTF-8."""
     for item in contents.metadata.items():
         yield from item
-    sparse = (part for entry in contents.sparse for part in (entry.values, entry.indices))
-    for tensor in (*contents.initializers, *contents.constants, *sparse):
+    for tensor in contents.tensors:
         yield tensor.name
         for entry in tensor.external_data:
             yield from (entry.key, entry.value)

@@ -24,12 +24,11 @@ def describe(contents: Contents, files: Sequence[Path]) -> Description:
     Raises:
         InvalidInput: when it contradicts itself.
     """
-    tensors = [*contents.initializers, *contents.constants]
-    if not tensors and not contents.nodes and not contents.sparse:
+    if next(contents.tensors, None) is None and next(contents.nodes, None) is None:
         raise InvalidInput(f"{contents.path}: holds no model")
     external = [
         outside(contents.path, tensor)[0]
-        for tensor in tensors
+        for tensor in contents.tensors
         if tensor.data_location == onnx.TensorProto.EXTERNAL
     ]
     everything = list(dict.fromkeys((*files, *external)))

@@ -11,6 +11,7 @@ from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 if TYPE_CHECKING:
     from torch import nn
 
+    from dkm_export.exporting import Description
     from dkm_export.palettized import PalettizedModel
     from dkm_exporters.onnx.contents import Contents
 
@@ -43,6 +44,16 @@ class OrtExporter(OnnxExporter):
         """The artifact and, where it is there, the list of operators, which no app has to ship."""
         beside = _required_operators(artifact)
         return [artifact, beside] if beside.is_file() else [artifact]
+
+    def describe(self, artifact: Path) -> Description:
+        """As `OnnxExporter.describe`, of the ``.ort`` file alone.
+
+        Raises:
+            InvalidInput: when the file is missing, truncated or malformed.
+        """
+        from dkm_exporters.onnx.description import describe
+
+        return describe(self._read(artifact), [artifact])
 
     def notes(self, artifact: Path) -> list[str]:
         """None: reduced builds have no execution providers, and no simplifier reads the format."""

@@ -34,8 +34,8 @@ _LEFT_OUT = ("ConstantFolding", "ConstantSharing")
 _IDENTIFIER = b"ORTM"
 _ALIGNMENT = 8
 _VERSION_FIELD = 4
-_LEAST_TEXT = 4
-"""Bytes of what refers to a text."""
+_REFERENCE = 4
+"""Bytes of what refers to a text or a graph: each place that does has its own."""
 _MOST_NESTED = 32
 
 _MALFORMED = (struct.error, AttributeError, IndexError, OverflowError, TypeError, ValueError)
@@ -114,6 +114,7 @@ class _Reader:
         return contents
 
     def _graph(self, graph: Any, depth: int) -> onnx.GraphProto:
+        self._take(_REFERENCE)
         if depth > _MOST_NESTED:
             raise ValueError("graphs in graphs without end")
         found = onnx.GraphProto()
@@ -163,7 +164,7 @@ class _Reader:
         return [] if tensor.DimsIsNone() else tensor.DimsAsNumpy().tolist()
 
     def _text(self, text: bytes | None) -> str:
-        self._take(_LEAST_TEXT + len(text or b""))
+        self._take(_REFERENCE + len(text or b""))
         return (text or b"").decode()
 
     def _take(self, size: int) -> None:

@@ -18,7 +18,7 @@ import onnx
 from dkm_export.errors import InvalidInput
 from dkm_export.exporting.description import StoredTensor
 from dkm_export.palette import packed_size
-from dkm_exporters.onnx.contents import Contents, outside
+from dkm_exporters.onnx.contents import Contents, Scope, outside
 
 _BITS: Final = {
     **dict.fromkeys(("INT2", "UINT2"), 2),
@@ -78,17 +78,18 @@ def stored_tensors(contents: Contents) -> Iterator[StoredTensor]:
     Raises:
         InvalidInput: when a tensor is of another size than it says.
     """
-    sizes, counted = Sizes(contents.path), set[str]()
+    sizes, counted = Sizes(contents.path), set[int]()
     tensors = [*contents.initializers, *contents.constants]
     for tensor in tensors:
         sizes.count(tensor.name, tensor.dims)
-    weights = _quantized(contents.nodes, {tensor.name: tensor for tensor in tensors})
-    parts = {part.name for weight in weights.values() for part in weight.parts}
+    # by identity: the same name is another one in another graph
+    weights = _quantized(contents.scopes)
+    parts = {id(part) for weight in weights.values() for part in weight.parts}
     for tensor in tensors:
-        weight = weights.get(tensor.name)
+        weight = weights.get(id(tensor))
         if weight is not None:
-            scales = [part for part in weight.parts if part.name not in counted]
-            counted.update(part.name for part in scales)
+            scales = [part for part in weight.parts if id(part) not in counted]
+            counted.update(id(part) for part in scales)
             nbytes, reason = sizes.of(tensor)
             yield replace(
                 weight.entry,
@@ -96,7 +97,7 @@ def stored_tensors(contents: Contents) -> Iterator[StoredTensor]:
                 scale_bytes=sum(sizes.of(part)[0] for part in scales),
                 reason=reason,
             )
-        elif tensor.name not in parts:
+        elif id(tensor) not in parts:
             yield plain(tensor, sizes)
     for sparse in contents.sparse:
         values, indices = sparse.values, sparse.indices
@@ -151,7 +152,7 @@ class Sizes:
     """
 
     path: Path
-    _seen: dict[tuple[Path, int, int], str] = field(default_factory=dict)
+    _seen: dict[tuple[Path, int, int], onnx.TensorProto] = field(default_factory=dict)
 
     def of(self, tensor: onnx.TensorProto) -> tuple[int, str]:
         """The bytes of a tensor, and what is to be known of them.
@@ -167,9 +168,9 @@ class Sizes:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = outside(self.path, tensor)
             stored = nbytes = place[2]
-            first = self._seen.setdefault(place, tensor.name)
-            if first != tensor.name:
-                nbytes, reason = 0, f"the same bytes as {first}"
+            first = self._seen.setdefault(place, tensor)
+            if first is not tensor:
+                nbytes, reason = 0, f"the same bytes as {first.name}"
         elif tensor.HasField("raw_data"):
             stored = nbytes = len(tensor.raw_data)
         else:
@@ -194,22 +195,21 @@ class Sizes:
         return math.prod(dims)
 
 
-def _quantized(
-    nodes: Sequence[onnx.NodeProto], tensors: Mapping[str, onnx.TensorProto]
-) -> dict[str, _Quantized]:
-    """The initializers that a node takes for a quantized weight, by name."""
-    found: dict[str, _Quantized] = {}
-    for node in nodes:
-        for inputs in _WEIGHTS.get(node.op_type, ()):
-            weight = _input(node, inputs.weight, tensors)
-            if weight is None or weight.name in found or bits_of(weight) is None:
-                continue
-            scale = _input(node, inputs.scale, tensors)
-            if inputs.scale is None:  # ONNX Runtime's quantizer multiplies later, by this name
-                scale = tensors.get(f"{weight.name.removesuffix('_quantized')}_scale")
-            parts = (scale, _input(node, inputs.zero_point, tensors))
-            own = tuple(x for x in parts if x is not None and x.name != weight.name)
-            found[weight.name] = _Quantized(_entry(node, weight, scale), own)
+def _quantized(scopes: Sequence[Scope]) -> dict[int, _Quantized]:
+    """The initializers that a node takes for a quantized weight, by identity."""
+    found: dict[int, _Quantized] = {}
+    for scope in scopes:
+        for node in scope.nodes:
+            for inputs in _WEIGHTS.get(node.op_type, ()):
+                weight = _input(node, inputs.weight, scope)
+                if weight is None or id(weight) in found or bits_of(weight) is None:
+                    continue
+                scale = _input(node, inputs.scale, scope)
+                if inputs.scale is None:  # ONNX Runtime's quantizer multiplies later, by this name
+                    scale = scope.find(f"{weight.name.removesuffix('_quantized')}_scale")
+                parts = (scale, _input(node, inputs.zero_point, scope))
+                own = {id(x): x for x in parts if x is not None and x is not weight}
+                found[id(weight)] = _Quantized(_entry(node, weight, scale), tuple(own.values()))
     return found
 
 
@@ -221,12 +221,10 @@ class _Quantized:
     parts: tuple[onnx.TensorProto, ...]
 
 
-def _input(
-    node: onnx.NodeProto, index: int | None, tensors: Mapping[str, onnx.TensorProto]
-) -> onnx.TensorProto | None:
+def _input(node: onnx.NodeProto, index: int | None, scope: Scope) -> onnx.TensorProto | None:
     if index is None or index >= len(node.input):
         return None
-    return tensors.get(node.input[index])
+    return scope.find(node.input[index])
 
 
 def _entry(
