@@ -24,6 +24,7 @@ from google.protobuf.message import DecodeError
 
 from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.palette import packed_size, unpack
+from dkm_export.text import printable
 from dkm_exporters.mlprogram.weights import DATA_TYPES, DataType, Shape, WeightFiles
 
 Array = npt.NDArray[Any]
@@ -220,11 +221,11 @@ class Package:
 
     def invalid(self, problem: str) -> InvalidInput:
         """An error that names the package, to be raised."""
-        return InvalidInput(f"{self._label}: {_printable(problem)}: export it again")
+        return InvalidInput(f"{self._label}: {printable(problem)}: export it again")
 
     def unsupported(self, problem: str) -> Unsupported:
         """An error that names the package, to be raised."""
-        return Unsupported(f"{self._label}: {_printable(problem)}")
+        return Unsupported(f"{self._label}: {printable(problem)}")
 
     def _model_file(self) -> Path:
         content = self._content(self._file("Manifest.json"))
@@ -420,8 +421,3 @@ def _size(dimension: Any) -> int | None:
     if dimension.WhichOneof("dimension") != "constant":
         return None
     return int(dimension.constant.size)
-
-
-def _printable(text: str) -> str:
-    """One line for the terminal: names in a file may hold any characters."""
-    return "".join(character if character.isprintable() else "?" for character in text)
