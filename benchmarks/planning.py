@@ -48,11 +48,11 @@ INTRODUCTION = """# Plans
 layers the same bits and dim, and layers under 10,000 weights 8 bits, as in the DKM paper. `dkm
 plan` gets the bytes of its ONNX file as the budget, and the same float weights. Both are then
 palettized without training, and fine-tuned by the same recipe with the same batches in the same
-order. "Used" are the bytes of the plan's file, by the budget; for Core ML and ExecuTorch of another
-plan, whose budget are the bytes of the uniform recipe's file of that target, with seed 0. Top-1
-(glyphs) and cosine to the float model's embeddings (MiniLM) are of the test split, which the plan
-does not see: the mean over three seeds, and the lowest and highest. A seed decides the float
-weights (glyphs), the examples that the plan is made from, the batches and the initial centroids.
+order. For Core ML and ExecuTorch there are plans of their own, for the bytes of the uniform
+recipe's file of that target where it can hold it, with seed 0. Top-1 (glyphs) and cosine to the
+float model's embeddings (MiniLM) are of the test split, which the plan does not see: the mean over
+three seeds, and the lowest and highest. A seed decides the float weights (glyphs), the examples
+that the plan is made from, the batches and the initial centroids.
 """
 
 UNIFORM = ((2, 1), (4, 4), (4, 1), (3, 1))
@@ -191,48 +191,50 @@ def accuracy(make: Callable[[Path, int], Recipe], facts: str) -> tuple[str, list
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(SEEDS), mp_context=context) as pool:
         seeds = list(pool.map(compare, [make] * len(SEEDS), SEEDS))
-    lines, problems = [], []
+    return f"{facts}\n\n{comparison(seeds)}\n\n{used(seeds)}", problems_of(seeds)
+
+
+def comparison(seeds: Sequence[Sequence[Row]]) -> str:
+    """The table of metrics, a row for each setting."""
+    lines = []
     for rows in zip(*seeds, strict=True):
-        setting = rows[0].setting
-        columns = [[row.metrics[index] for row in rows] for index in range(4)]
-        for (ours, theirs), when in zip(
-            ((columns[1], columns[0]), (columns[3], columns[2])), ("without", "after"), strict=True
-        ):
-            if mean(ours) < mean(theirs):
-                problems.append(f"{setting} {when} training: {mean(ours)} < {mean(theirs)}")
-        sizes = [(target, *found) for row in rows for target, found in row.sizes.items()]
-        for target, planned, budget in sizes:
-            if not LEAST * budget <= planned <= budget:
-                problems.append(f"{setting}, {target}: {planned} bytes of {budget}")
-        used = {
-            target: [100 * ours / all_ for t, ours, all_ in sizes if t == target]
-            for target in TARGETS
-        }
-        lines.append(
-            (
-                setting,
-                f"{rows[0].sizes['onnx'][1]:,} B",
-                *(_range(used[target]) for target in TARGETS),
-                *(f"{mean(c):.2f} ({min(c):.2f}..{max(c):.2f})" for c in columns),
-            )
-        )
+        columns = zip(*(row.metrics for row in rows), strict=True)
+        cells = [f"{mean(c):.2f} ({min(c):.2f}..{max(c):.2f})" for c in columns]
+        lines.append((rows[0].setting, f"{rows[0].sizes['onnx'][1]:,} B", *cells))
     header = (
         "uniform setting",
         "ONNX file",
-        *(f"used, {target}" for target in TARGETS),
         "uniform, no training",
         "plan, no training",
         "uniform, fine-tuned",
         "plan, fine-tuned",
     )
-    return f"{facts}\n\n{table(header, lines)}", problems
+    return table(header, lines)
 
 
-def _range(shares: Sequence[float]) -> str:
-    if not shares:
-        return "cannot hold the uniform recipe"
-    ends = dict.fromkeys(f"{share:.2f}" for share in (min(shares), max(shares)))
-    return f"{'..'.join(ends)} %"
+def used(seeds: Sequence[Sequence[Row]]) -> str:
+    """How much of their budgets the plans used, a sentence."""
+    words = []
+    for target in TARGETS:
+        found = [row.sizes.get(target) for rows in seeds for row in rows]
+        shares = [100 * planned / budget for planned, budget in filter(None, found)]
+        words.append(f"{target} {min(shares):.2f} to {max(shares):.2f} % ({len(shares)} plans)")
+    return f"Plans used of their budgets: {', '.join(words)}."
+
+
+def problems_of(seeds: Sequence[Sequence[Row]]) -> list[str]:
+    """Plans that are worse, too small or too large."""
+    problems = []
+    for rows in zip(*seeds, strict=True):
+        setting = rows[0].setting
+        columns = [mean(column) for column in zip(*(row.metrics for row in rows), strict=True)]
+        for when, (theirs, ours) in (("without", columns[:2]), ("after", columns[2:])):
+            if ours < theirs:
+                problems.append(f"{setting} {when} training: {ours} < {theirs}")
+        for target, (planned, budget) in (x for row in rows for x in row.sizes.items()):
+            if not LEAST * budget <= planned <= budget:
+                problems.append(f"{setting}, {target}: {planned} bytes of {budget}")
+    return problems
 
 
 def glyphs_section() -> tuple[str, list[str]]:
