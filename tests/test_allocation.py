@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from dkm_export.planning.allocation import Allocation, Knapsack, Options, front, lower_bound
+from dkm_export.planning.costs import Costs
 
 
 def allocate(layers: list[Options], budget: int) -> Allocation | None:
-    return Knapsack(layers, budget).at(budget)
+    return Costs(layers, [[frozenset()] * len(x.costs) for x in layers], {}).allocate(budget)
 
 
 def random_layers(generator: np.random.Generator, layers: int, most: int) -> list[Options]:
@@ -41,7 +42,7 @@ def test_nothing_beats_an_allocation(seed: int) -> None:
     for budget in (0, 30, 80, 120, 150):
         fitting = [error for cost, error in plans if cost <= budget]
         found = knapsack.at(budget)
-        assert found == allocate(layers, budget)
+        assert allocate(layers, budget) == found
         if not fitting:
             assert found is None
             continue
@@ -104,3 +105,29 @@ def test_the_front_ascends_and_nothing_beats_it() -> None:
         assert not any(cost <= point.cost and error < point.error - 1e-12 for cost, error in plans)
     assert points[0].cost == min(cost for cost, _ in plans)
     assert points[-1].error == pytest.approx(min(error for _, error in plans))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_shared_counts_once(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    layers = random_layers(generator, 4, 60)
+    shared = {"large": 700, "table": 600, "small": 40, "tiny": 9}
+    names = list(shared)
+    needs = [
+        [frozenset(name for name in names if generator.random() < 0.4) for _ in range(4)]
+        for _ in layers
+    ]
+    costs = Costs(layers, needs, shared)
+    plans = [costs.allocation(choices) for choices in product(range(4), repeat=4)]
+    # nearly: what is small counts for every layer where plans are compared
+    smallest = min(plan.cost for plan in plans)
+    assert smallest <= costs.smallest().cost <= smallest + 49
+    for budget in (100, 300, 700, 900, 1500, 10_000):
+        found = costs.allocate(budget)
+        assert found or budget < smallest + 49
+        if found:
+            least = min(plan.error for plan in plans if plan.cost <= budget)
+            less = min(plan.error for plan in plans if plan.cost <= max(smallest, budget - 4 * 49))
+            assert found.cost <= budget
+            assert least <= found.error <= less + 1e-9
+            assert found == costs.allocation(found.choices)

@@ -44,7 +44,7 @@ class Knapsack:
     """The choices of least error within any number of bytes up to ``largest``.
 
     Optimal where that is up to `_BUCKETS` bytes over the smallest choices. With more, each layer
-    is rounded up to whole buckets, of which what is left over buys whatever still fits.
+    is rounded up to whole buckets.
     """
 
     def __init__(self, layers: Sequence[Options], largest: int) -> None:
@@ -77,26 +77,11 @@ class Knapsack:
             option = int(which[place])
             place -= self._buckets(layer, option)
             choices.append(option)
-        return self._filled(list(reversed(choices)), budget)
+        return _allocation(self._layers, list(reversed(choices)))
 
     def _buckets(self, layer: Options, option: int) -> int:
         """How many more than the smallest choice takes."""
         return -(-(layer.costs[option] - min(layer.costs)) // self._unit)
-
-    def _filled(self, choices: list[int], budget: int) -> Allocation:
-        """Better choices for single layers while they fit, those first that spare most error."""
-        while True:
-            found = _allocation(self._layers, choices)
-            spared = [
-                (layer.errors[choice] - layer.errors[option], number, option)
-                for number, (layer, choice) in enumerate(zip(self._layers, choices, strict=True))
-                for option in range(len(layer.costs))
-                if layer.costs[option] - layer.costs[choice] <= budget - found.cost
-            ]
-            most, number, option = max(spared)
-            if most <= 0:
-                return found
-            choices[number] = option
 
 
 def lower_bound(layers: Sequence[Options], budget: int) -> float:

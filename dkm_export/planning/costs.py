@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -52,7 +53,7 @@ class Costs:
         """The least error that was found within ``room`` bytes, or None when nothing fits.
 
         What decoders share counts once. For the largest such things both is tried, with and
-        without them; the others first count for every layer, which leaves bytes over to spend.
+        without them; the others first count for every layer, and what that leaves over is spent.
         """
         best: Allocation | None = None
         for part in self._parts():
@@ -66,10 +67,10 @@ class Costs:
                 if chosen.cost <= room:
                     best = chosen
                     break
-        return best
+        return best and self._filled(best, room)
 
     def smallest(self) -> Allocation:
-        """The choice of fewest bytes."""
+        """The choice of the fewest bytes, about: small shared things count for every layer."""
         least = (part.choices(front(part.options)[0]) for part in self._parts())
         return min(map(self.allocation, least), key=lambda chosen: chosen.cost)
 
@@ -77,6 +78,30 @@ class Costs:
     def largest(self) -> int:
         """Bytes that no choice exceeds."""
         return sum(max(x.costs) for x in self.options) + sum(self.shared.values())
+
+    def _filled(self, chosen: Allocation, room: int) -> Allocation:
+        """Better choices for single layers while they fit, those first that spare most error."""
+        choices, cost = list(chosen.choices), chosen.cost
+        while True:
+            users = Counter(key for x, i in zip(self.needs, choices, strict=True) for key in x[i])
+            steps = [
+                (x.errors[i] - x.errors[choice], self._more(users, layer, choice, i), layer, i)
+                for layer, (x, choice) in enumerate(zip(self.options, choices, strict=True))
+                for i in range(len(x.costs))
+                if x.errors[i] < x.errors[choice]
+            ]
+            fitting = [step for step in steps if cost + step[1] <= room]
+            if not fitting:
+                return self.allocation(choices)
+            _, more, layer, option = min(fitting)
+            choices[layer], cost = option, cost + more
+
+    def _more(self, users: Counter[str], layer: int, old: int, new: int) -> int:
+        """Bytes that another choice of a layer takes more; ``users`` counts who needs what."""
+        needs, costs = self.needs[layer], self.options[layer].costs
+        added = sum(self.shared[key] for key in needs[new] - needs[old] if not users[key])
+        spared = sum(self.shared[key] for key in needs[old] - needs[new] if users[key] == 1)
+        return costs[new] - costs[old] + added - spared
 
     def allocation(self, choices: Sequence[int]) -> Allocation:
         """With its bytes, and its error."""

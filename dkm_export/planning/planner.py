@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dkm_export.compress import prepare
 from dkm_export.errors import InvalidInput
 from dkm_export.palettized import ModelSource
-from dkm_export.planning.allocation import Allocation, Knapsack, Options, front, lower_bound
+from dkm_export.planning.allocation import Allocation, Options, front, lower_bound
 from dkm_export.planning.candidates import (
     Candidate,
     Pins,
@@ -252,7 +252,7 @@ class _Planner:
         weights = sum(layer.size for layer in self._layers) - kept // 4
         # no weight takes more than 32 bits
         room = kept + int(min(bits_per_weight, 32) * weights / 8)
-        chosen = Knapsack(self._options, room).at(room)
+        chosen = Costs.of(self._layers, self._options, ()).allocate(room)
         if chosen is None:
             smallest = ceil(8000 * (self._front[0].cost - kept) / weights) / 1000
             raise InvalidInput(
