@@ -28,6 +28,7 @@ SEEDS = (0, 1, 2)
 COPIED = {
     "paper-sizes": ("paper_sizes.md", "sizes"),
     "glyphs-accuracy": ("accuracy.md", "methods"),
+    "plans": ("planning.md", "glyphs"),
     "encoder": ("minilm.md", "settings"),
 }
 """Sections of README.md, and where their tables come from."""
