@@ -84,7 +84,10 @@ _FINE_SETTINGS = (
     *(Setting(bits, 8) for bits in (4, 5, 7)),
 )
 _FINE_BELOW = 1 << 17
-"""What layers of fewer weights choose from too: with few layers, steps have to be small."""
+"""What layers of fewer weights choose from too, whose clustering takes no time."""
+
+_FINE_MODEL = 1 << 20
+"""And all layers of models with fewer weights: where layers are few, steps have to be small."""
 
 Pins = Sequence[tuple[str, Setting | None]]
 """Patterns over parameter names with the setting of the layers they match; None is dense."""
@@ -158,7 +161,7 @@ def candidates(
 ) -> list[Candidate]:
     """The layers that the rules of ``spec`` give a palette, each with what it can choose from.
 
-    Without ``settings``, that is `DEFAULT_SETTINGS` and, for small layers, more of them.
+    Without ``settings``, that is `DEFAULT_SETTINGS` and, for small layers and models, more.
 
     Small layers may also stay dense. Left out is what is never worth it: a LUT larger than its
     indices.
@@ -174,6 +177,7 @@ def candidates(
     tied: dict[int, list[str]] = {}
     for layer in layers:
         tied.setdefault(id(model.get_parameter(layer.name)), []).append(layer.name)
+    whole = sum(layer.layout.size for layer in layers)
     found = []
     for layer in layers:
         rule = small.rule_for(layer.name, layer.kind, layer.layout.size)
@@ -183,7 +187,7 @@ def candidates(
         pinned = _pinned(names, pins)
         size = layer.layout.size
         free: tuple[Setting | None, ...] = tuple(settings or DEFAULT_SETTINGS)
-        if not settings and size < _FINE_BELOW:
+        if not settings and (size < _FINE_BELOW or whole < _FINE_MODEL):
             free = (*free, *_FINE_SETTINGS)
         if size < _DENSE_BELOW:
             free = (*free, None)
