@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Self
@@ -19,6 +19,11 @@ _MOST_LARGE = 4
 
 _STEPS = 64
 """In which bytes are spent that were counted twice."""
+
+_MOST_LESS = 8
+"""The part of the room that a plan may leave unused, so that it fits otherwise."""
+
+Fits = Callable[[Sequence[int]], bool]
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,12 @@ class Costs:
             shared,
         )
 
-    def allocate(self, room: int) -> Allocation | None:
+    def allocate(self, room: int, fits: Fits = lambda choices: True) -> Allocation | None:
         """The least error that was found within ``room`` bytes, or None when nothing fits.
+
+        Args:
+            room: bytes of palettes, decoders and what these share.
+            fits: whether a choice for every layer may be taken.
 
         What decoders share counts once. For the largest such things both is tried, with and
         without them; the others first count for every layer, and what that leaves over is spent.
@@ -59,15 +68,19 @@ class Costs:
         for part in self._parts():
             within = room - part.fixed
             knapsack = Knapsack(part.options, within + part.slack)
-            for more in range(part.slack, -1, -(part.slack // _STEPS + 1)):
+            less = max(within, 0) // _MOST_LESS
+            for more in (
+                *range(part.slack, -1, -(part.slack // _STEPS + 1)),
+                *range(-1, -less, -(less // _STEPS + 1)),  # for what does not fit otherwise
+            ):
                 found = knapsack.at(within + more)
                 if found is None or (best and found.error >= best.error):
                     break
                 chosen = self.allocation(part.choices(found))
-                if chosen.cost <= room:
+                if chosen.cost <= room and fits(chosen.choices):
                     best = chosen
                     break
-        return best and self._filled(best, room)
+        return best and self._filled(best, room, fits)
 
     def smallest(self) -> Allocation:
         """The choice of the fewest bytes, about: small shared things count for every layer."""
@@ -79,7 +92,7 @@ class Costs:
         """Bytes that no choice exceeds."""
         return sum(max(x.costs) for x in self.options) + sum(self.shared.values())
 
-    def _filled(self, chosen: Allocation, room: int) -> Allocation:
+    def _filled(self, chosen: Allocation, room: int, fits: Fits) -> Allocation:
         """Better choices for single layers while they fit, those first that spare most error."""
         choices, cost = list(chosen.choices), chosen.cost
         while True:
@@ -90,11 +103,13 @@ class Costs:
                 for i in range(len(x.costs))
                 if x.errors[i] < x.errors[choice]
             ]
-            fitting = [step for step in steps if cost + step[1] <= room]
-            if not fitting:
+            for _, more, layer, option in sorted(step for step in steps if cost + step[1] <= room):
+                better = [*choices[:layer], option, *choices[layer + 1 :]]
+                if fits(better):
+                    choices, cost = better, cost + more
+                    break
+            else:
                 return self.allocation(choices)
-            _, more, layer, option = min(fitting)
-            choices[layer], cost = option, cost + more
 
     def _more(self, users: Counter[str], layer: int, old: int, new: int) -> int:
         """Bytes that another choice of a layer takes more; ``users`` counts who needs what."""

@@ -189,8 +189,9 @@ class _Planner:
     def within(self, limit: int) -> tuple[Allocation, dict[str, int]]:
         """The best plan whose artifacts have at most ``limit`` bytes, and their sizes.
 
-        What a file takes beside palettes and their decoders only a mock-up tells, and of several
-        files which one is the largest. So plan and mock-up take turns.
+        What a file takes beside palettes and their decoders only a mock-up tells. So plan and
+        mock-up take turns. Of several targets the one whose file is the largest at first is planned
+        for, and choices that would be too large for another one are left out.
         """
         best: tuple[Allocation, dict[str, int]] | None = None
         tried: dict[tuple[int, ...], dict[str, int]] = {}
@@ -199,9 +200,16 @@ class _Planner:
         low, high = 0, costs.largest + 1
         room = max(0, min(limit - self._dense_bytes(), costs.largest))
         least = sum(min(x.errors) for x in self._options)
+        # of other targets than the largest file's: what their palettes may take
+        rooms: dict[str, tuple[Costs, int]] = {}
+
+        def fits(choices: Sequence[int]) -> bool:
+            return all(other.allocation(choices).cost <= most for other, most in rooms.values())
+
         while low <= room < high:
-            chosen = costs.allocate(room) or costs.smallest()
-            if chosen.choices not in tried:
+            chosen = costs.allocate(room, fits) or costs.smallest()
+            new = chosen.choices not in tried
+            if new:
                 if len(tried) == _MOST_MOCK_UPS:
                     break
                 self._progress("mock-up of the artifacts", len(tried) + 1, _MOST_MOCK_UPS)
@@ -214,10 +222,24 @@ class _Planner:
             if 0 <= left <= _CLOSE * limit or (left >= 0 and chosen.error <= least):
                 break
             if len(targets) > 1:
+                each = {
+                    exporter.target: Costs.of(self._layers, self._options, [(exporter, options)])
+                    for exporter, options in targets
+                }
                 targets = [target for target in targets if target[0].target == tightest]
-                costs = Costs.of(self._layers, self._options, targets)
+                costs = each.pop(tightest)
+                rooms = {target: (other, 0) for target, other in each.items()}
                 low, high = 0, costs.largest + 1
-            elif left < 0:
+            for target, (other, _) in rooms.items():
+                taken = other.allocation(chosen.choices).cost
+                rooms[target] = other, taken + limit - sizes[target]
+            if tightest in rooms:
+                if not new:
+                    break
+                if left < 0:
+                    continue  # in the same room, but fitting the other target's file
+                left = limit - sizes[targets[0][0].target]
+            if left < 0:
                 high = room
             else:
                 low = room + 1
