@@ -30,6 +30,7 @@ COPIED = {
     "glyphs-accuracy": ("accuracy.md", "methods"),
     "plans": ("planning.md", "glyphs"),
     "encoder": ("minilm.md", "settings"),
+    "encoder-plans": ("planning.md", "minilm"),
 }
 """Sections of README.md, and where their tables come from."""
 
