@@ -3,7 +3,7 @@
 PART is ``glyphs`` or ``minilm`` (accuracy after training and without, three seeds), ``sizes``
 (predicted bytes of all targets beside those of the files) or ``speed`` (ResNet-50). Each writes its
 section of benchmarks/planning.md and exits with 1 when a plan is worse than the uniform recipe, too
-large or too small, wrongly predicted or too slow. On two cores they take about two and a half hours together.
+large or too small, wrongly predicted or too slow. On two cores they take two to three hours.
 """
 
 from __future__ import annotations
