@@ -126,7 +126,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return KINDS[request.param](tmp_path_factory.mktemp("artifact"))
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [50, pytest.param(300, marks=pytest.mark.slow)])
 def test_damage_is_described_or_refused(
     count: int, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
