@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from dkm_export.clustering import optimal
-from dkm_export.clustering.optimal import optimal_centroids
+from dkm_export.clustering.optimal import optimal_centroids, optimal_tables
 
 
 def _inertia(values: Tensor, centroids: Tensor, weights: Tensor | None = None) -> float:
@@ -156,3 +156,12 @@ def test_every_dtype_and_order_gives_the_same(dtype: torch.dtype) -> None:
     centroids = optimal_centroids(values, 16)
     assert centroids.dtype == torch.float64
     assert torch.equal(centroids, optimal_centroids(values.double().flip(0), 16))
+
+
+def test_tables_are_the_optimal_centroids() -> None:
+    generator = torch.Generator().manual_seed(1)
+    values, weights = torch.randn(3000, generator=generator), torch.rand(3000, generator=generator)
+    ks = (1, 2, 5, 16, 256, 5000)
+    for counts in (None, weights):
+        for k, found in zip(ks, optimal_tables(values, ks, counts), strict=True):
+            assert torch.equal(found, optimal_centroids(values, k, counts))

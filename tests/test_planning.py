@@ -12,110 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dkm_export.cli.main import main
-from dkm_export.clustering.kmeans import (
-    assign,
-    inertia,
-    initial_centroids,
-    nearest,
-    quick_centroids,
-)
-from dkm_export.clustering.optimal import optimal_centroids, optimal_tables
-from dkm_export.planning.candidates import DEFAULT_SETTINGS, Setting, candidates
 from dkm_export.planning.planner import Budget, Question, make_plan
-from dkm_export.planning.sensitivity import (
-    Calibration,
-    measured_errors,
-    predicted_errors,
-    scales_of,
-)
-from dkm_export.spec import CompressionSpec, LayerRule
-from dkm_export.training.recipe import find_recipe, load_recipe
+from dkm_export.training.recipe import load_recipe
 from dkm_models.digits import Digits
 from tests.commands import Dkm
-from tests.zoo import HalfLine, Tied, lively
 
 ROW = "[{name='x', shape=[1, 48]}]"
 IMAGE = "[{name='image', shape=[1, 3, 16, 16]}]"
 TOKENS = "[{name='tokens', shape=[1, 12], dtype='int32', high=96}]"
-
-
-class Brackets(nn.Module):
-    """Layers whose names are patterns; two outputs of different size, and one of integers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts = nn.ModuleDict({"[ab]*": nn.Linear(48, 96), "?": nn.Linear(96, 48)})
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        y = torch.tanh(self.parts["[ab]*"](x))
-        z = self.parts["?"](y)
-        return 1000 * z, y, z.argmax(1, keepdim=True)
-
-
-class Number(nn.Module):
-    """One number per example."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Linear(48, 96), nn.Linear(96, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(torch.tanh(self.layer(x)))
-        return y
-
-
-class Score(nn.Module):
-    """A number per example, without an axis for it."""
-
-    shift: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Linear(48, 96), nn.Linear(96, 1)
-        self.register_buffer("shift", torch.full((1,), 0.5).expand(96))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(torch.tanh(self.layer(x)) + self.shift).squeeze(1)
-        return y
-
-
-class Half(nn.Module):
-    """A bfloat16 layer between others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.low = nn.Linear(48, 64), HalfLine(64, 96)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.low(torch.tanh(self.layer(x)))
-        return y
-
-
-class Integers(nn.Module):
-    """No output that could be compared."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(48, 96)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y.argmax(1, keepdim=True)
-
-
-class Cut(nn.Module):
-    """An output that no weight gets a gradient from."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(48, 96)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y.detach()
 
 
 class Odd(Digits):
@@ -129,29 +36,6 @@ class Odd(Digits):
         if self.how == "raises":
             raise ValueError("no logits")
         return output.sum() * torch.nan if self.how == "nan" else output.detach().sum()
-
-
-def brackets() -> nn.Module:
-    return lively(Brackets())
-
-
-def number() -> nn.Module:
-    return lively(Number())
-
-
-def score() -> nn.Module:
-    return lively(Score())
-
-
-def little_ties() -> nn.Module:
-    """A tied weight that 4 bits leave dense, as its LUT would be too large."""
-    one, other, last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 96)
-    other.weight = one.weight
-    return lively(nn.Sequential(one, nn.Tanh(), other, nn.Tanh(), last))
-
-
-def half() -> nn.Module:
-    return lively(Half())
 
 
 def ignore(status: str, done: int, total: int) -> None:
@@ -184,7 +68,7 @@ def recipe_file(folder: Path, factory: str, inputs: str, more: str = "", **rest:
 
 @pytest.fixture
 def row(tmp_path: Path) -> Path:
-    return recipe_file(tmp_path, "tests.test_planning:number", ROW)
+    return recipe_file(tmp_path, "tests.outputs:number", ROW)
 
 
 @pytest.mark.parametrize(
@@ -195,11 +79,11 @@ def row(tmp_path: Path) -> Path:
         ("tests.zoo:tied", TOKENS, ""),
         ("tests.zoo:unused", ROW, ""),
         ("tests.zoo:arithmetic", ROW, ""),  # one layer
-        ("tests.test_planning:brackets", ROW, ""),
-        ("tests.test_planning:number", ROW, ""),
-        ("tests.test_planning:half", ROW, ""),
-        ("tests.test_planning:score", ROW, ""),
-        ("tests.test_planning:little_ties", "[{name='x', shape=[1, 16]}]", ""),
+        ("tests.outputs:brackets", ROW, ""),
+        ("tests.outputs:number", ROW, ""),
+        ("tests.outputs:half", ROW, ""),
+        ("tests.outputs:score", ROW, ""),
+        ("tests.outputs:little_ties", "[{name='x', shape=[1, 16]}]", ""),
     ],
 )
 def test_the_recipe_that_is_written_is_what_was_planned(
@@ -238,134 +122,6 @@ def test_the_recipe_that_is_written_is_what_was_planned(
     # the same again
     _, again = dkm("plan", file, "--bits-per-weight", 3, *sets)
     assert again["plan"] == plan
-
-
-@pytest.mark.slow
-def test_predictions_follow_measurements() -> None:
-    recipe = load_recipe(find_recipe("digits"), ["train.epochs=2"])
-    settings = tuple(Setting.parse(text) for text in ("2/1", "3/1", "4/1", "4/2", "6/4", "2/1/8"))
-    plans = {}
-    for method in ("gradients", "measured"):
-        question = Question(settings=settings, method=method, examples=64)
-        plans[method], _ = make_plan(recipe, Budget(bits_per_weight=3), question, ignore)
-    uniform = [
-        {point.name: point.error for point in plans[method].uniform}
-        for method in ("gradients", "measured")
-    ]
-    assert uniform[0].keys() == uniform[1].keys() >= {"2/1", "3/1", "4/1", "4/2", "6/4"}
-    for name, predicted in uniform[0].items():
-        assert 1 / 3 < predicted / uniform[1][name] < 3
-
-
-def calibration_of(model: nn.Module, inputs: list[tuple[Tensor, ...]]) -> Calibration:
-    def divergence(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Tensor:
-        return (ours[0] - theirs[0]).square().mean()
-
-    return Calibration(model, inputs, divergence, scales_of(model, inputs), 0)
-
-
-def test_predictions_of_a_linear_model_are_its_errors() -> None:
-    """Of mean squared outputs the second order is all there is."""
-    generator = torch.Generator().manual_seed(0)
-    model = nn.Linear(48, 256, bias=False).eval()
-    inputs: list[tuple[Tensor, ...]] = [
-        (torch.randn(64, 48, generator=generator),) for _ in range(8)
-    ]
-    calibration = calibration_of(model, inputs)
-    spec = CompressionSpec(rules=(LayerRule(bits=4),), small_layer_size=0)
-    layers = candidates(model, spec, DEFAULT_SETTINGS, (), ())
-    wanted = [(layer, [x for x in layer.settings if x]) for layer in layers]
-    predicted = predicted_errors(calibration, wanted, ignore)
-    measured = measured_errors(calibration, wanted, ignore)
-    assert len(predicted) > 15
-    for key, error in measured.items():
-        assert 0.75 < predicted[key] / error < 1.5
-    mean = np.mean([predicted[key] / error for key, error in measured.items()])
-    assert 0.9 < mean < 1.25
-
-
-def test_the_model_is_left_as_it_is() -> None:
-    model = Tied()
-    lively(model)
-    model.hidden.weight.requires_grad_(False)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    flags = [parameter.requires_grad for parameter in model.parameters()]
-    threads = torch.get_num_threads()
-    inputs: list[tuple[Tensor, ...]] = [(torch.arange(12)[None],), (torch.arange(12, 24)[None],)]
-    calibration = calibration_of(model, inputs)
-    spec = CompressionSpec(rules=(LayerRule(bits=4),), small_layer_size=0)
-    layers = candidates(model, spec, (Setting(4, 1), Setting(3, 2)), (), ())
-    wanted = [(layer, [x for x in layer.settings if x]) for layer in layers]
-    for find in (predicted_errors, measured_errors):
-        assert len(find(calibration, wanted, ignore)) == 4
-
-        def interrupt(status: str, done: int, total: int) -> None:
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            find(calibration, wanted, interrupt)
-        assert [parameter.requires_grad for parameter in model.parameters()] == flags
-        assert all(parameter.grad is None for parameter in model.parameters())
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, before[name])
-    assert torch.get_num_threads() == threads
-
-
-@pytest.mark.parametrize(
-    "dim", [1, 2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_quick_centroids_are_almost_as_good(dim: int, weighted: bool) -> None:
-    generator = torch.Generator().manual_seed(dim)
-    vectors = torch.randn(2, 20_000, dim, generator=generator)
-    counts = torch.rand(2, 20_000, generator=generator) if weighted else None
-    ks = (4, 16, 64)
-    found = quick_centroids(vectors, ks, 0, counts)
-    for k, quick in zip(ks, found, strict=True):
-        best = initial_centroids(vectors, k, 0, counts)
-        indices = [nearest(vectors, centroids) for centroids in (quick, best)]
-        errors = [
-            (vectors - torch.stack([c[i] for c, i in zip(centroids, which, strict=True)]))
-            .square()
-            .sum(-1)
-            .mul(1 if counts is None else counts)
-            .sum()
-            for centroids, which in zip((quick, best), indices, strict=True)
-        ]
-        assert errors[0] <= 1.06 * errors[1]
-    # whatever else is asked for
-    if dim > 1:
-        assert torch.equal(quick_centroids(vectors, (16,), 0, counts)[0], found[1])
-
-
-@pytest.mark.parametrize("dim", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_nearest_agrees_with_assign(dim: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(5)
-    vectors = (torch.randn(3, 5000, dim, generator=generator) + 2).to(dtype)
-    centroids = torch.randn(3, 32, dim, generator=generator).half().float() + 2
-    centroids[:, 7] = centroids[:, 20]  # a tie
-    one, other = nearest(vectors, centroids), assign(vectors.float(), centroids)
-    groups = torch.arange(3)[:, None]
-    distances = [
-        (vectors.double() - centroids[groups, which].double()).square().sum(-1)
-        for which in (one, other)
-    ]
-    assert torch.allclose(distances[0], distances[1], rtol=1e-5, atol=1e-6)
-    differing = one != other
-    assert differing.float().mean() < 0.2
-    assert torch.equal(centroids[groups, one][~differing], centroids[groups, other][~differing])
-    total = inertia(vectors, centroids)
-    assert torch.allclose(total, distances[1].sum(1), rtol=1e-4)
-
-
-def test_tables_are_the_optimal_centroids() -> None:
-    generator = torch.Generator().manual_seed(1)
-    values, weights = torch.randn(3000, generator=generator), torch.rand(3000, generator=generator)
-    ks = (1, 2, 5, 16, 256, 5000)
-    for counts in (None, weights):
-        for k, found in zip(ks, optimal_tables(values, ks, counts), strict=True):
-            assert torch.equal(found, optimal_centroids(values, k, counts))
 
 
 @pytest.mark.slow
@@ -480,7 +236,7 @@ def test_budgets(dkm: Dkm, tmp_path: Path) -> None:
 def test_outputs_that_cannot_be_compared(
     dkm: Dkm, tmp_path: Path, name: str, options: list[str], message: str | None
 ) -> None:
-    file = recipe_file(tmp_path, f"tests.test_planning:{name}", ROW)
+    file = recipe_file(tmp_path, f"tests.outputs:{name}", ROW)
     code, found = dkm("plan", file, "--bits-per-weight", 3, *options)
     assert code == (2 if message else 0)
     assert message is None or message in found["error"]["message"]

@@ -92,6 +92,11 @@ class Costs:
         """Bytes that no choice exceeds."""
         return sum(max(x.costs) for x in self.options) + sum(self.shared.values())
 
+    @property
+    def least(self) -> float:
+        """Error that no choice is below."""
+        return sum(min(x.errors) for x in self.options)
+
     def _filled(self, chosen: Allocation, room: int, fits: Fits) -> Allocation:
         """Better choices for single layers while they fit, those first that spare most error."""
         choices, cost = list(chosen.choices), chosen.cost

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from math import ceil
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from dkm_export.planning.candidates import (
     spec_of,
 )
 from dkm_export.planning.costs import Costs
+from dkm_export.planning.fitting import MOST_MEASUREMENTS, fit
 from dkm_export.planning.mockup import artifact_bytes, mock_up
 from dkm_export.planning.result import Plan, PlannedLayer, Point
 from dkm_export.planning.sensitivities_file import (
@@ -48,11 +49,6 @@ from dkm_export.training.stage import evaluate, float_model, importance_of
 
 _BATCHES = 8
 """Batches that the calibration examples come in."""
-
-_CLOSE = 0.002
-"""Share of the budget that may stay unused before another mock-up is tried."""
-
-_MOST_MOCK_UPS = 8
 
 _MOST_POINTS = 100
 """Of the front that a plan tells."""
@@ -186,79 +182,24 @@ class _Planner:
         mock = mock_up(self._calibration.model, self._source, self.spec(chosen))
         return artifact_bytes(mock, self._question.targets, verbose=self._question.verbose)
 
-    def within(self, limit: int) -> tuple[Allocation, dict[str, int]]:
-        """The best plan whose artifacts have at most ``limit`` bytes, and their sizes.
+    def within(self, limit: int) -> tuple[Allocation, Mapping[str, int]]:
+        """The best plan whose artifacts have at most ``limit`` bytes, and their sizes."""
+        targets, numbers = self._question.targets, count(1)
 
-        What a file takes beside palettes and their decoders only a mock-up tells. So plan and
-        mock-up take turns. Of several targets the one whose file is the largest at first is planned
-        for, and choices that would be too large for another one are left out.
-        """
-        best: tuple[Allocation, dict[str, int]] | None = None
-        tried: dict[tuple[int, ...], dict[str, int]] = {}
-        targets = self._question.targets
-        costs = Costs.of(self._layers, self._options, targets)
-        low, high = 0, costs.largest + 1
-        room = max(0, min(limit - self._dense_bytes(), costs.largest))
-        least = sum(min(x.errors) for x in self._options)
-        # of other targets than the largest file's: what their palettes may take
-        rooms: dict[str, tuple[Costs, int]] = {}
+        def measure(chosen: Allocation) -> dict[str, int]:
+            self._progress("mock-up of the artifacts", next(numbers), MOST_MEASUREMENTS)
+            return self.sizes(chosen)
 
-        def fits(choices: Sequence[int]) -> bool:
-            return all(other.allocation(choices).cost <= most for other, most in rooms.values())
-
-        while low <= room < high:
-            chosen = costs.allocate(room, fits) or costs.smallest()
-            new = chosen.choices not in tried
-            if new:
-                if len(tried) == _MOST_MOCK_UPS:
-                    break
-                self._progress("mock-up of the artifacts", len(tried) + 1, _MOST_MOCK_UPS)
-                tried[chosen.choices] = self.sizes(chosen)
-            sizes = tried[chosen.choices]
-            tightest = max(sizes, key=lambda target: sizes[target])
-            left = limit - sizes[tightest]
-            if left >= 0 and (best is None or chosen.error < best[0].error):
-                best = chosen, sizes
-            if 0 <= left <= _CLOSE * limit or (left >= 0 and chosen.error <= least):
-                break
-            if len(targets) > 1:
-                each = {
-                    exporter.target: Costs.of(self._layers, self._options, [(exporter, options)])
-                    for exporter, options in targets
-                }
-                targets = [target for target in targets if target[0].target == tightest]
-                costs = each.pop(tightest)
-                rooms = {target: (other, 0) for target, other in each.items()}
-                low, high = 0, costs.largest + 1
-            for target, (other, _) in rooms.items():
-                taken = other.allocation(chosen.choices).cost
-                rooms[target] = other, taken + limit - sizes[target]
-            if tightest in rooms:
-                if not new:
-                    break
-                if left < 0:
-                    continue  # in the same room, but fitting the other target's file
-                left = limit - sizes[targets[0][0].target]
-            if left < 0:
-                high = room
-            else:
-                low = room + 1
-            if left < 0 and chosen.choices == costs.smallest().choices:
-                break
-            room = min(costs.allocation(chosen.choices).cost + left, high - 1)
-            if room < low:
-                # what is tried next may share more, and so still fit
-                room = min(low + ceil(_CLOSE * limit), (low + high) // 2)
-        if best is None:
-            smallest = costs.smallest()
-            sizes = tried.get(smallest.choices) or self.sizes(smallest)
-            if max(sizes.values()) > limit:
-                raise InvalidInput(
-                    f"nothing fits into {limit:,} bytes: with the smallest settings it is "
-                    f"{max(sizes.values()):,}: allow more, or smaller settings with --settings"
-                )
-            best = smallest, sizes
-        return best
+        together = Costs.of(self._layers, self._options, targets)
+        if len(targets) == 1:
+            each = {targets[0][0].target: together}
+        else:
+            each = {
+                target[0].target: Costs.of(self._layers, self._options, [target])
+                for target in targets
+            }
+        fitted = fit(together, each, limit, self._dense_bytes(), measure)
+        return fitted.allocation, fitted.sizes
 
     def _dense_bytes(self) -> int:
         """Of what no plan changes: biases, norms, other layers."""
