@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dkm_export.errors import DkmError, InvalidInput
 
@@ -115,6 +115,18 @@ def size_of(task: Task, split: Split) -> int:
     if not isinstance(size, int) or size < 1:
         raise InvalidInput(f"{name} is {size!r}, not a positive number")
     return size
+
+
+def output_of(model: nn.Module, inputs: Sequence[Tensor], name: str = "the model") -> Tensor:
+    """What a task is about: the model's output, the first of several.
+
+    Raises:
+        InvalidInput: when the model fails.
+    """
+    with user_code(name):
+        outputs = model(*inputs)
+        first: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
+    return first
 
 
 def loss_of(task: Task, output: Tensor, target: Tensor) -> Tensor:

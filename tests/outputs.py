@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dkm_models.digits import digits_cnn
 from tests.zoo import HalfLine, lively
 
 
@@ -82,6 +83,22 @@ class Cut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
         return y.detach()
+
+
+class DigitsTwice(nn.Module):
+    """The network of the digits, with squares as a second output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = digits_cnn()
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        logits: Tensor = self.network(image)
+        return logits, logits.square()
+
+
+def digits_twice() -> nn.Module:
+    return DigitsTwice()
 
 
 def brackets() -> nn.Module:

@@ -139,6 +139,18 @@ def test_the_demo_s_recipe_keeps_the_accuracy() -> None:
     assert metrics.fp32 - metrics.hard <= 1.5
 
 
+@pytest.mark.parametrize("distillation", [0, 0.5])
+def test_a_task_gets_the_first_of_several_outputs(distillation: float) -> None:
+    sets = [*SHORT, f"dkm.distillation={distillation}", "dkm.sensitivity_batches=1"]
+    two = ["model.factory='tests.outputs:digits_twice'", "model.outputs=['logits', 'squares']"]
+    one, several = (
+        run_recipe(load_recipe(RECIPES / "digits.toml", [*sets, *more]), _ignore)[1]
+        for more in ([], two)
+    )
+    assert several.epochs == one.epochs
+    assert (several.fp32, several.hard) == (one.fp32, one.hard)
+
+
 def test_divergence_is_an_error() -> None:
     recipe = load_recipe(RECIPES / "digits.toml", [*SHORT, "train.learning_rate=1e30"])
     where = r"^fp32 epoch [12], step \d+: the loss is (nan|inf): lower the learning rate$"

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from dkm_export.errors import InvalidInput
 from dkm_export.sharding import full, load
-from dkm_export.task import Batch, Task, batches_of, distillation_of, loss_of, size_of, user_code
+from dkm_export.task import (
+    Batch,
+    Task,
+    batches_of,
+    distillation_of,
+    loss_of,
+    output_of,
+    size_of,
+)
 from dkm_export.training.distributed import (
     World,
     follow_leader,
@@ -179,13 +187,12 @@ def train_epoch(run: Run, phase: Phase, epoch: int) -> float:
 def task_loss(
     model: nn.Module, task: Task, inputs: tuple[Tensor, ...], target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The task's loss of ``model``, a scalar that can be differentiated, and the model's output.
+    """The task's loss of ``model``, a scalar that can be differentiated, and what it is of.
 
     Raises:
         InvalidInput: when the model or the task fails.
     """
-    with user_code("the model in training"):
-        output = model(*inputs)
+    output = output_of(model, inputs, "the model in training")
     return loss_of(task, output, target), output
 
 
@@ -211,8 +218,8 @@ def _loss(run: Run, phase: Phase, batch: Batch) -> Tensor:
         loss, output = task_loss(phase.replica, run.task, inputs, target)
         if phase.teacher is None:
             return loss
-        with user_code("the float model"), torch.no_grad():
-            goal = phase.teacher(*inputs)
+        with torch.no_grad():
+            goal = output_of(phase.teacher, inputs, "the float model")
         alike = distillation_of(run.task, output, goal, dkm.distillation_temperature)
         return (1 - dkm.distillation) * loss + dkm.distillation * alike
 

@@ -25,7 +25,7 @@ from dkm_export.palettized import PalettizedModel
 from dkm_export.references import build_module
 from dkm_export.samples import fixed_batches, run_reference
 from dkm_export.sizing import Account, account, predict
-from dkm_export.task import Task, batches_of, metric_of
+from dkm_export.task import Task, batches_of, metric_of, output_of
 from dkm_export.training.distributed import ALONE, World, gather, together
 from dkm_export.training.loop import (
     Phase,
@@ -162,7 +162,7 @@ def evaluate(model: nn.Module, task: Task) -> float:
     device = next(model.parameters()).device
     with torch.no_grad(), parametrize.cached():
         results = [
-            (model(*(tensor.to(device) for tensor in inputs)).cpu(), target)
+            (output_of(model, [tensor.to(device) for tensor in inputs]).cpu(), target)
             for inputs, target in batches_of(task, "test", _BATCH)
         ]
     outputs, targets = zip(*results, strict=True)
