@@ -1,9 +1,10 @@
 """Plans beside uniform recipes of the same size: ``python benchmarks/planning.py PART``.
 
-PART is ``glyphs`` or ``minilm`` (accuracy after training and without, three seeds), ``sizes``
-(predicted bytes of all targets beside those of the files) or ``speed`` (ResNet-50). Each writes its
-section of benchmarks/planning.md and exits with 1 when a plan is worse than the uniform recipe, too
-large or too small, wrongly predicted or too slow. On two cores they take two to three hours.
+PART is ``glyphs`` or ``minilm`` (accuracy after training and without), ``sizes`` (predicted bytes
+of all targets beside those of the files) or ``speed`` (ResNet-50). Each writes its section of
+benchmarks/planning.md and exits with 1 when a plan is worse than the uniform recipe by more than
+the seeds differ, too large or too small, wrongly predicted or too slow. On two cores they take
+three to four hours.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from time import perf_counter
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -38,6 +38,7 @@ from dkm_export.planning.planner import Budget, Question, make_plan
 from dkm_export.quiet import quiet
 from dkm_export.references import build_module
 from dkm_export.spec import CompressionSpec
+from dkm_export.task import Batch, Task, batches_of, metric_of, output_of
 from dkm_export.training.recipe import Recipe, find_recipe, load_recipe
 from dkm_export.training.stage import float_model, run_recipe
 
@@ -50,16 +51,14 @@ plan` gets the bytes of its ONNX file as the budget, and the same float weights.
 palettized without training, and fine-tuned by the same recipe with the same batches in the same
 order. For Core ML and ExecuTorch there are plans of their own, for the bytes of the uniform
 recipe's file of that target where it can hold it, with seed 0. Top-1 (glyphs) and cosine to the
-float model's embeddings (MiniLM) are of the test split, which the plan does not see: the mean over
-three seeds, and the lowest and highest. A seed decides the float weights (glyphs), the examples
-that the plan is made from, the batches and the initial centroids.
+float model's embeddings (MiniLM) are of the test split, which the plan does not see: means over the
+seeds. A seed decides the float weights (glyphs), the examples that the plan is made from, the
+batches and the initial centroids. Differences are those of two models of one seed, with their
+standard error: one that is less than two of these may be chance.
 """
 
 UNIFORM = ((2, 1), (4, 4), (4, 1), (3, 1))
-SEEDS = (0, 1, 2)
 TARGETS = ("onnx", "coreml", "executorch")
-EXAMPLES = {"glyphs": 512, "sentence_encoder": 128}
-"""That plans measure sensitivities on, by the model's name."""
 
 LEAST = 0.99
 """Share of the budget that a plan has to use."""
@@ -69,6 +68,23 @@ MINILM = ("dkm.epochs=1",)
 
 SPEED_SECONDS, SPEED_BYTES = 180, 3e9
 """What planning ResNet-50 may take."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network.
+
+    Attributes:
+        make: its recipe, in a folder and with a seed.
+        seeds: so many, from 0.
+        examples: that plans measure sensitivities on.
+        draws: how often the test split is gone through, by other seeds of the task's.
+    """
+
+    make: Callable[[Path, int], Recipe]
+    seeds: int
+    examples: int
+    draws: int
 
 
 @dataclass(frozen=True)
@@ -110,14 +126,33 @@ def minilm(folder: Path, seed: int) -> Recipe:
     return recipe_of(folder, 4, 1, [*MINILM, f"seed={seed}"])
 
 
-def compressed(recipe: Recipe, spec: CompressionSpec, *, trained: bool) -> tuple[Any, float]:
-    """The palettized model and its metric."""
+def compressed(recipe: Recipe, spec: CompressionSpec, *, trained: bool) -> PalettizedModel:
+    """By the recipe, but with this spec."""
     update: dict[str, object] = {"compression": spec}
     if not trained:
         update["dkm"] = recipe.dkm.model_copy(update={"epochs": 0, "warmup_epochs": 0.0})
-    model, metrics = run_recipe(recipe.model_copy(update=update), silent)
-    assert metrics.hard is not None
-    return model, metrics.hard
+    return run_recipe(recipe.model_copy(update=update), silent)[0]
+
+
+def test_batches(recipe: Recipe, draws: int) -> list[Batch]:
+    """So many draws of the test split."""
+    task = task_of(recipe)
+    return [batch for seed in range(draws) for batch in batches_of(task, "test", 256, seed)]
+
+
+def metric(model: PalettizedModel, recipe: Recipe, batches: Sequence[Batch]) -> float:
+    """The task's, over these."""
+    module = model.build()
+    with torch.no_grad():
+        outputs = [output_of(module, inputs) for inputs, _ in batches]
+    targets = [target for _, target in batches]
+    return metric_of(task_of(recipe), torch.cat(outputs), torch.cat(targets))
+
+
+def task_of(recipe: Recipe) -> Task:
+    """Which all recipes here have."""
+    assert recipe.task is not None
+    return recipe.task.load()
 
 
 def uniform(bits: int, dim: int) -> CompressionSpec:
@@ -139,7 +174,7 @@ def exported_bytes(model: PalettizedModel, target: str) -> int:
     return manifest.artifacts[0].bytes
 
 
-def compare(make: Callable[[Path, int], Recipe], seed: int) -> list[Row]:
+def compare(subject: Subject, seed: int) -> list[Row]:
     """All settings with one seed; in a process of its own with one thread."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -147,15 +182,16 @@ def compare(make: Callable[[Path, int], Recipe], seed: int) -> list[Row]:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe = make(folder, seed)
+        recipe = subject.make(folder, seed)
         model, _, _ = float_model(recipe, silent)
+        batches = test_batches(recipe, subject.draws)
 
         def planned_for(target: str, spec: CompressionSpec) -> tuple[int, CompressionSpec]:
             """The bytes of a uniform recipe's artifact, and a plan of that size."""
             budget = bytes_of(mock_up(model, recipe.source(), spec), target)
             question = Question(
                 choose_targets([target]),
-                examples=EXAMPLES[recipe.model.name.removesuffix("_cnn")],
+                examples=subject.examples,
                 file=folder / "sensitivities.json",
             )
             return budget, make_plan(recipe, Budget(limit=budget), question, silent)[1]
@@ -163,20 +199,20 @@ def compare(make: Callable[[Path, int], Recipe], seed: int) -> list[Row]:
         for bits, dim in UNIFORM:
             spec = uniform(bits, dim)
             budget, planned = planned_for("onnx", spec)
-            metrics = [
+            models = [
                 compressed(recipe, which, trained=trained)
                 for trained in (False, True)
                 for which in (spec, planned)
             ]
-            sizes = {"onnx": (exported_bytes(metrics[-1][0], "onnx"), budget)}
-            for target in TARGETS[1:] if seed == SEEDS[0] else ():
+            sizes = {"onnx": (exported_bytes(models[-1], "onnx"), budget)}
+            for target in TARGETS[1:] if seed == 0 else ():
                 try:
                     budget, planned = planned_for(target, spec)
                 except Unsupported:  # the uniform recipe
                     continue
-                without, _ = compressed(recipe, planned, trained=False)
+                without = compressed(recipe, planned, trained=False)
                 sizes[target] = exported_bytes(without, target), budget
-            values = tuple(metric for _, metric in metrics)
+            values = tuple(metric(model, recipe, batches) for model in models)
             row = Row(f"{bits}/{dim}", sizes, values)  # type: ignore[arg-type]
             rows.append(row)
             minutes = (perf_counter() - started) / 60
@@ -184,32 +220,48 @@ def compare(make: Callable[[Path, int], Recipe], seed: int) -> list[Row]:
     return rows
 
 
-def accuracy(make: Callable[[Path, int], Recipe], facts: str) -> tuple[str, list[str]]:
+def accuracy(subject: Subject, facts: str) -> tuple[str, list[str]]:
     """The section of a network, and what is not as it should be."""
     # one thread each: threads of one small network wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(SEEDS), mp_context=context) as pool:
-        seeds = list(pool.map(compare, [make] * len(SEEDS), SEEDS))
-    return f"{facts}\n\n{comparison(seeds)}\n\n{used(seeds)}", problems_of(seeds)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        seeds = list(pool.map(compare, [subject] * subject.seeds, range(subject.seeds)))
+    content = f"{facts} {subject.seeds} seeds.\n\n{comparison(seeds)}\n\n{used(seeds)}"
+    return content, problems_of(seeds)
 
 
 def comparison(seeds: Sequence[Sequence[Row]]) -> str:
     """The table of metrics, a row for each setting."""
     lines = []
     for rows in zip(*seeds, strict=True):
-        columns = zip(*(row.metrics for row in rows), strict=True)
-        cells = [f"{mean(c):.2f} ({min(c):.2f}..{max(c):.2f})" for c in columns]
+        metrics = columns(rows)
+        cells = []
+        for theirs, ours in (metrics[:2], metrics[2:]):
+            difference, error = difference_of(theirs, ours)
+            cells += [
+                f"{mean(theirs):.2f}",
+                f"{mean(ours):.2f}",
+                f"{difference:+.2f} ± {error:.2f}",
+            ]
         lines.append((rows[0].setting, f"{rows[0].sizes['onnx'][1]:,} B", *cells))
     header = (
-        "uniform setting",
-        "ONNX file",
-        "uniform, no training",
-        "plan, no training",
-        "uniform, fine-tuned",
-        "plan, fine-tuned",
+        *("uniform setting", "ONNX file"),
+        *("uniform, no training", "plan, no training", "difference"),
+        *("uniform, fine-tuned", "plan, fine-tuned", "difference"),
     )
     return table(header, lines)
+
+
+def columns(rows: Sequence[Row]) -> list[tuple[float, ...]]:
+    """The four metrics of a setting, each by seed."""
+    return list(zip(*(row.metrics for row in rows), strict=True))
+
+
+def difference_of(theirs: Sequence[float], ours: Sequence[float]) -> tuple[float, float]:
+    """The mean over seeds, and its standard error."""
+    differences = [our - their for their, our in zip(theirs, ours, strict=True)]
+    return mean(differences), stdev(differences) / len(differences) ** 0.5
 
 
 def used(seeds: Sequence[Sequence[Row]]) -> str:
@@ -227,10 +279,11 @@ def problems_of(seeds: Sequence[Sequence[Row]]) -> list[str]:
     problems = []
     for rows in zip(*seeds, strict=True):
         setting = rows[0].setting
-        columns = [mean(column) for column in zip(*(row.metrics for row in rows), strict=True)]
-        for when, (theirs, ours) in (("without", columns[:2]), ("after", columns[2:])):
-            if ours < theirs:
-                problems.append(f"{setting} {when} training: {ours} < {theirs}")
+        metrics = columns(rows)
+        for when, (theirs, ours) in (("without", metrics[:2]), ("after", metrics[2:])):
+            difference, error = difference_of(theirs, ours)
+            if difference < -2 * error:
+                problems.append(f"{setting} {when} training: {difference} ± {error}")
         for target, (planned, budget) in (x for row in rows for x in row.sizes.items()):
             if not LEAST * budget <= planned <= budget:
                 problems.append(f"{setting}, {target}: {planned} bytes of {budget}")
@@ -239,9 +292,13 @@ def problems_of(seeds: Sequence[Sequence[Row]]) -> list[str]:
 
 def glyphs_section() -> tuple[str, list[str]]:
     """62 characters."""
+    subject = Subject(glyphs, seeds=6, examples=512, draws=5)
     recipe = load_recipe(find_recipe("glyphs"))
-    facts = f"Glyphs, top-1 in percent; {recipe.dkm.epochs} epochs of fine-tuning."
-    return accuracy(glyphs, facts)
+    facts = (
+        f"Glyphs, top-1 in percent over {subject.draws} draws of the test images; "
+        f"{recipe.dkm.epochs} epochs of fine-tuning."
+    )
+    return accuracy(subject, facts)
 
 
 def minilm_section() -> tuple[str, list[str]]:
@@ -251,7 +308,7 @@ def minilm_section() -> tuple[str, list[str]]:
         "all-MiniLM-L6-v2, cosine to its own float embeddings in percent; fine-tuned for one "
         f"epoch of only {train} sentences, tested on {test}."
     )
-    return accuracy(minilm, facts)
+    return accuracy(Subject(minilm, seeds=3, examples=128, draws=1), facts)
 
 
 def sizes_section() -> tuple[str, list[str]]:
