@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from dkm_exporters.executorch import ExecuTorchExporter, ExecuTorchOptions
 from dkm_exporters.executorch.decode import Decode
 from dkm_exporters.executorch.options import Backend
 from dkm_runtimes.executorch import ExecuTorchRuntime
-from tests.programs import differing
+from tests.programs import changed_bit, differing
 from tests.zoo import CASES, IMAGE, ROW, lively, palettize
 
 REPOSITORY = Path(__file__).parents[1]
@@ -210,16 +210,11 @@ def test_no_path_is_in_the_file(original: Path) -> None:
 
 @pytest.mark.parametrize("part", ["lut", "indices"])
 def test_one_changed_bit_is_seen_and_named(
-    part: str, model: PalettizedModel, artifact: Path
+    part: Literal["lut", "indices"], model: PalettizedModel, artifact: Path
 ) -> None:
-    data = artifact.read_bytes()
     for name, palette in model.palettes.items():
-        content = (palette.lut if part == "lut" else palette.packed).tobytes()
-        assert data.count(content) == 1
-        changed = bytearray(data)
-        changed[data.index(content) + len(content) // 2] ^= 1
-        artifact.write_bytes(changed)
-        assert differing(model, artifact) == [name]
+        with changed_bit(artifact, palette, part):
+            assert differing(model, artifact) == [name]
 
 
 def test_what_the_program_runs_counts(model: PalettizedModel, artifact: Path) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from dkm_runtimes.coreml_reference import CoreMLReferenceRuntime
 from dkm_runtimes.executorch import ExecuTorchRuntime
 from tests import mlpackages, networks
 from tests.kinds import palettize_kinds
-from tests.programs import differing
+from tests.programs import changed_bit, differing
 from tests.zoo import IMAGE, ROW, TOKENS, lively, palettize
 
 HERE = "runtime_tests.test_executorch_coreml"
@@ -369,16 +369,11 @@ def test_it_is_not_run_here(original: Path) -> None:
 
 @pytest.mark.parametrize("part", ["lut", "indices"])
 def test_one_changed_bit_is_seen_and_named(
-    part: str, model: PalettizedModel, artifact: Path
+    part: Literal["lut", "indices"], model: PalettizedModel, artifact: Path
 ) -> None:
-    data = artifact.read_bytes()
     for name, palette in model.palettes.items():
-        content = (palette.lut if part == "lut" else palette.packed).tobytes()
-        assert data.count(content) == 1
-        changed = bytearray(data)
-        changed[data.index(content) + len(content) // 2] ^= 1
-        artifact.write_bytes(changed)
-        assert differing(model, artifact) == [name]
+        with changed_bit(artifact, palette, part):
+            assert differing(model, artifact) == [name]
 
 
 def test_a_palette_without_use_is_none(artifact: Path, tmp_path: Path) -> None:

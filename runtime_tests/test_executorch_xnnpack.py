@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ from dkm_runtimes.executorch import ExecuTorchRuntime
 from dkm_runtimes.executorch_runner import ExecuTorchRunnerRuntime
 from tests.compiler import needs_compiler
 from tests.networks import FAMILIES, palettized
-from tests.programs import differing
+from tests.programs import changed_bit, differing
 from tests.zoo import CASES, IMAGE, TOKENS, lively, palettize
 
 HERE = "runtime_tests.test_executorch_xnnpack"
@@ -348,16 +348,14 @@ def test_same_bytes_again(model: PalettizedModel, artifact: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("part", ["lut", "indices"])
-def test_one_changed_bit_is_seen(part: str, model: PalettizedModel, artifact: Path) -> None:
+def test_one_changed_bit_is_seen(
+    part: Literal["lut", "indices"], model: PalettizedModel, artifact: Path
+) -> None:
     file = ExecuTorchExporter().files(artifact)[-1]
-    data = file.read_bytes()
-    palette = model.palettes["head.weight"]
-    content = (palette.lut if part == "lut" else palette.packed).tobytes()
-    assert data.count(content) == 1
-    changed = bytearray(data)
-    changed[data.index(content) + len(content) // 2] ^= 1
-    file.write_bytes(changed)
-    with pytest.raises(InvalidInput, match=r"head\.weight: the packed weight is not what"):
+    with (
+        changed_bit(file, model.palettes["head.weight"], part),
+        pytest.raises(InvalidInput, match=r"head\.weight: the packed weight is not what"),
+    ):
         read(artifact)
 
 
