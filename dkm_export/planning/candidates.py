@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Self
@@ -76,13 +76,17 @@ DEFAULT_SETTINGS = (
 
 _FINE_SETTINGS = (
     *(Setting(bits, 1, groups) for bits in (2, 3, 4, 6, 8) for groups in (2, 4, 16)),
-    *(Setting(bits, 2, groups) for bits in (2, 3, 4, 5, 6) for groups in (2, 4)),
-    *(Setting(bits, 4, groups) for bits in (3, 4, 5, 6) for groups in (2, 4)),
+    *(Setting(bits, 2, groups) for bits in (2, 3, 4, 5, 6) for groups in (2, 3, 4)),
+    *(Setting(bits, 4, groups) for bits in (3, 4, 5, 6) for groups in (2, 3, 4)),
     *(Setting(bits, 1, 8) for bits in (1, 4)),
     *(Setting(bits, 2) for bits in (5, 7)),
     *(Setting(bits, 4) for bits in (3, 7)),
     *(Setting(bits, 8) for bits in (4, 5, 7)),
 )
+_ROW_BITS = (1, 2, 3, 4)
+_ROWS = (1, 2, 4)
+"""So many rows of a weight share a LUT, with so many bits, where settings are fine."""
+
 _FINE_BELOW = 1 << 17
 """What layers of fewer weights choose from too, whose clustering takes no time."""
 
@@ -188,10 +192,10 @@ def candidates(
         size = layer.layout.size
         free: tuple[Setting | None, ...] = tuple(settings or DEFAULT_SETTINGS)
         if not settings and (size < _FINE_BELOW or whole < _FINE_MODEL):
-            free = (*free, *_FINE_SETTINGS)
+            free = (*free, *_FINE_SETTINGS, *_by_rows(layer.layout.shape[0]))
         if size < _DENSE_BELOW:
             free = (*free, None)
-        offered = pinned or free
+        offered = pinned or tuple(dict.fromkeys(free))
         candidate = Candidate(names, layer.kind, layer.layout.shape, rule, ())
         found.append(_offer(candidate, offered, targets, pinned=bool(pinned)))
     _require_matches(pins, [name for candidate in found for name in candidate.names])
@@ -200,6 +204,13 @@ def candidates(
             "no layer may have a palette: the recipe's compression.rules say which ones may"
         )
     return found
+
+
+def _by_rows(count: int) -> Iterator[Setting]:
+    """LUTs for one or a few of a weight's rows: at few bits they spare much for their bytes."""
+    for rows in _ROWS:
+        if count % rows == 0:
+            yield from (Setting(bits, 1, count // rows) for bits in _ROW_BITS)
 
 
 def _offer(

@@ -38,7 +38,7 @@ Outputs = tuple[Tensor, ...]
 Divergence = Callable[[Outputs, Outputs], Tensor]
 """Of a model's outputs from those of the float model: a scalar that is least where they agree."""
 
-_MOST_SAMPLES = 32
+_MOST_SAMPLES = 128
 _MOST_BYTES = 1 << 29
 """Of the gradients that are kept, two bytes for each weight and sample."""
 
