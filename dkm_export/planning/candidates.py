@@ -85,7 +85,7 @@ _FINE_SETTINGS = (
 )
 _ROW_BITS = (1, 2, 3, 4)
 _ROWS = (1, 2, 4)
-"""So many rows of a weight share a LUT, with so many bits, where settings are fine."""
+"""So many rows of a weight share a LUT, with so many bits, in models where that takes no time."""
 
 _FINE_BELOW = 1 << 17
 """What layers of fewer weights choose from too, whose clustering takes no time."""
@@ -192,7 +192,9 @@ def candidates(
         size = layer.layout.size
         free: tuple[Setting | None, ...] = tuple(settings or DEFAULT_SETTINGS)
         if not settings and (size < _FINE_BELOW or whole < _FINE_MODEL):
-            free = (*free, *_FINE_SETTINGS, *_by_rows(layer.layout.shape[0]))
+            free = (*free, *_FINE_SETTINGS)
+        if not settings and whole < _FINE_MODEL:
+            free = (*free, *_by_rows(layer.layout.shape[0]))
         if size < _DENSE_BELOW:
             free = (*free, None)
         offered = pinned or tuple(dict.fromkeys(free))
