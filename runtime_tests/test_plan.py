@@ -74,7 +74,7 @@ def test_a_target_gets_the_bytes_that_were_promised(
     real = exported(dkm, planned, (target,), tmp_path)
     assert found["plan"]["bytes"] == real
     # what decoders take in an .ort file is predicted by what they take in an .onnx file
-    least = 0.98 if target == "ort" else 0.99
+    least = 0.97 if target == "ort" else 0.99
     assert least * budget <= real[target] <= budget
     if target == "coreml":
         # what it cannot hold has not been chosen: dim has to divide the axis
@@ -92,7 +92,7 @@ def test_all_targets_at_once_keep_to_the_budget(
     assert code == 0
     real = exported(dkm, planned, TARGETS, tmp_path)
     assert found["plan"]["bytes"] == real
-    assert 0.98 * 120_000 <= max(real.values()) <= 120_000
+    assert 0.97 * 120_000 <= max(real.values()) <= 120_000  # the .ort file's
     printed = tmp_path / "plan.json"
     printed.write_text(json.dumps(found))
     report = tmp_path / "report.md"
