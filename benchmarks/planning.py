@@ -134,7 +134,7 @@ def compressed(recipe: Recipe, spec: CompressionSpec, *, trained: bool) -> Palet
     return run_recipe(recipe.model_copy(update=update), silent)[0]
 
 
-def test_batches(recipe: Recipe, draws: int) -> list[Batch]:
+def drawn(recipe: Recipe, draws: int) -> list[Batch]:
     """So many draws of the test split."""
     task = task_of(recipe)
     return [batch for seed in range(draws) for batch in batches_of(task, "test", 256, seed)]
@@ -184,7 +184,7 @@ def compare(subject: Subject, seed: int) -> list[Row]:
         folder = Path(name)
         recipe = subject.make(folder, seed)
         model, _, _ = float_model(recipe, silent)
-        batches = test_batches(recipe, subject.draws)
+        batches = drawn(recipe, subject.draws)
 
         def planned_for(target: str, spec: CompressionSpec) -> tuple[int, CompressionSpec]:
             """The bytes of a uniform recipe's artifact, and a plan of that size."""

@@ -92,3 +92,13 @@ def test_the_model_is_left_as_it_is() -> None:
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[name])
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("width", "offered"), [(256, True), (1100, False)])
+def test_small_networks_may_have_a_lut_for_each_row(width: int, offered: bool) -> None:
+    model = nn.Sequential(nn.Linear(48, 96, bias=False), nn.Linear(width, width, bias=False))
+    spec = CompressionSpec(rules=(LayerRule(bits=4),), small_layer_size=0)
+    first, _ = candidates(model, spec, (), (), ())
+    by_row = {Setting(bits, 1, groups) for bits in (1, 2) for groups in (96, 48, 24)}
+    assert by_row.isdisjoint(first.settings) is not offered
+    assert not offered or by_row <= set(first.settings)
