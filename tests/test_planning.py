@@ -229,8 +229,8 @@ def test_budgets(dkm: Dkm, tmp_path: Path) -> None:
     ("name", "options", "message"),
     [
         ("Integers", [], "no output of the model is a floating-point number"),
-        ("Cut", [], "cannot be differentiated by its weights: use --measure"),
-        ("Cut", ["--measure"], None),
+        ("Cut", ["--no-measure"], "cannot be differentiated by its weights: use --measure"),
+        ("Cut", [], None),
     ],
 )
 def test_outputs_that_cannot_be_compared(
@@ -245,11 +245,11 @@ def test_outputs_that_cannot_be_compared(
 @pytest.mark.parametrize(
     ("how", "options", "message"),
     [
-        ("raises", [], "task 'Odd': its distillation failed: ValueError: no logits"),
+        ("raises", ["--no-measure"], "task 'Odd': its distillation failed: ValueError: no logits"),
         ("raises", ["--measure"], "task 'Odd': its distillation failed: ValueError: no logits"),
-        ("nan", [], ": its error at 1/1 is nan: the model's outputs, the task's distillation or"),
+        ("nan", ["--no-measure"], ": its error at 1/1 is nan: the model's outputs, the task's dis"),
         ("nan", ["--measure"], ": its error at 1/1 is nan"),
-        ("detached", [], "its distillation is not a scalar tensor that depends on trainable"),
+        ("detached", ["--no-measure"], "its distillation is not a scalar tensor that depends on"),
     ],
 )
 def test_distillations_that_fail(dkm: Dkm, how: str, options: list[str], message: str) -> None:
@@ -263,7 +263,10 @@ def test_distillations_that_fail(dkm: Dkm, how: str, options: list[str], message
 def test_the_file_of_sensitivities(dkm: Dkm, row: Path, tmp_path: Path) -> None:
     file = tmp_path / "kept.json"
     ask = ["plan", row, "--bits-per-weight", 3, "--sensitivities", file]
+    _, predicted = dkm(*ask[:-2], "--no-measure")
+    assert predicted["plan"]["calibration"].startswith("predicted from gradients on ")
     _, fresh = dkm(*ask[:-2])
+    assert fresh["plan"]["calibration"].startswith("measured on ")
     # errors are the same from a file, in parts and at once, but for the rounding of products
     assert dkm(*ask, "--settings", "3/2,2/1,3/2", "--exclude", "head.*")[0] == 0
     assert len(json.loads(file.read_text())["layers"]["layer.weight"]["errors"]) == 2
@@ -312,7 +315,6 @@ def test_the_file_of_sensitivities(dkm: Dkm, row: Path, tmp_path: Path) -> None:
         (lambda data: layer(data)["errors"].update({"3/1": "much"}), "errors.3/1"),
         (lambda data: layer(data).update(axis=1), "are of axis 1 and lut float16, not 0 and"),
         (lambda data: data.update(extra=1), "'extra'"),
-        (lambda data: data.update(method="measured"), "are measured, not predicted from grad"),
         (lambda data: data.update(schema_version=2), "schema_version"),
         (lambda data: data.update(fingerprint="0"), "of another model, task, data or version"),
     ]
@@ -322,6 +324,8 @@ def test_the_file_of_sensitivities(dkm: Dkm, row: Path, tmp_path: Path) -> None:
         assert found["error"]["message"].startswith(f"{file}: ")
         assert message in found["error"]["message"]
     file.write_bytes(content)
+    code, found = dkm(*ask, "--no-measure")
+    assert (code, "are measured, not predicted from g" in found["error"]["message"]) == (2, True)
     for other in (["--seed", "1"], ["--set", "model.factory='tests.zoo:arithmetic'"]):
         code, found = dkm(*ask, *other)
         assert (code, "of another model, task" in found["error"]["message"]) == (2, True)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from dkm_export.planning.candidates import DEFAULT_SETTINGS, Setting, candidates
 from dkm_export.planning.planner import Budget, Question, make_plan
 from dkm_export.planning.sensitivity import (
     Calibration,
+    can_be_measured,
     measured_errors,
     predicted_errors,
     scales_of,
@@ -65,6 +68,14 @@ def test_predictions_of_a_linear_model_are_its_errors() -> None:
         assert 0.75 < predicted[key] / error < 1.5
     mean = np.mean([predicted[key] / error for key, error in measured.items()])
     assert 0.9 < mean < 1.25
+
+
+@pytest.mark.parametrize(("batches", "few"), [(1, True), (64, False)])
+def test_few_operations_are_measured(batches: int, few: bool) -> None:
+    inputs: list[tuple[Tensor, ...]] = [(torch.zeros(4096, 1024),)] * batches
+    calibration = calibration_of(nn.Linear(1024, 1024).eval(), inputs[:1])
+    layers = candidates(calibration.model, CompressionSpec(rules=(LayerRule(bits=4),)), (), (), ())
+    assert can_be_measured(replace(calibration, inputs=inputs), layers) is few
 
 
 def test_the_model_is_left_as_it_is() -> None:

@@ -96,10 +96,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="keep errors by layer and setting there, and use those that it has; may be edited",
     )
-    parser.add_argument(
+    method = parser.add_mutually_exclusive_group()
+    method.add_argument(
         "--measure",
-        action="store_true",
-        help="palettize each layer alone and measure, instead of predicting from gradients",
+        action="store_const",
+        const="measured",
+        dest="method",
+        help="palettize each layer alone and measure its errors (default where that takes a minute "
+        "or two)",
+    )
+    method.add_argument(
+        "--no-measure",
+        action="store_const",
+        const="gradients",
+        dest="method",
+        help="predict errors from gradients (default for all other networks)",
     )
     parser.add_argument(
         "--examples",
@@ -176,7 +187,7 @@ def _question(options: argparse.Namespace, terminal: Terminal) -> tuple[Question
         choose_targets(options.target, of_targets),
         settings,
         pins,
-        "measured" if options.measure else "gradients",
+        options.method,
         options.examples,
         options.sensitivities,
         terminal.verbose,
@@ -259,7 +270,7 @@ def _show(plan: Plan, output: Path | None, terminal: Terminal) -> None:
     terminal.print(
         f"predicted error {plan.error:.3g}, at least {plan.bound:.3g} for any plan with as many "
         "bytes for palettes; "
-        f"from {plan.calibration}"
+        f"errors of layers are {plan.calibration}"
     )
     for target, count in plan.bytes.items():
         share = f", {100 * count / plan.limit:.2f} % of the budget" if plan.limit else ""

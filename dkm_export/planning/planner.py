@@ -87,7 +87,7 @@ class Question:
         targets: that have to hold every setting, and whose artifacts are measured.
         settings: that layers choose from; without any, see `candidates`.
         pins: layers whose setting is given.
-        method: how errors are found.
+        method: how errors are found; without one, see `sensitivities`.
         examples: inputs of the training split to measure sensitivities on.
         file: of sensitivities; see `sensitivities_file`.
     """
@@ -95,7 +95,7 @@ class Question:
     targets: Targets = ()
     settings: Sequence[Setting] = ()
     pins: Pins = ()
-    method: Method = "gradients"
+    method: Method | None = None
     examples: int = 128
     file: Path | None = None
     verbose: bool = False
@@ -142,7 +142,7 @@ def make_plan(
     spec = planner.spec(chosen)
     if all(rule.skip for rule in spec.rules):
         raise InvalidInput("no layer gets a palette: allow fewer bytes, or exclude less")
-    return planner.describe(chosen, sizes, budget, words), spec
+    return planner.describe(chosen, sizes, budget, f"{found.origin} on {words}"), spec
 
 
 class _Planner:

@@ -19,7 +19,7 @@ class PlannedLayer(Frozen):
         shape: of the weight.
         bits: per index, or None where the weight stays dense.
         bytes: packed indices and LUTs, or the dense weight.
-        error: predicted increase of the divergence from the float model's outputs.
+        error: increase of the divergence from the float model's outputs, of this layer alone.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Plan(Frozen):
 
     Attributes:
         model: its name.
-        calibration: what the sensitivities were measured on, in words.
+        calibration: how errors of layers were found and on what, in words.
         budget: what was asked for, in words.
         limit: bytes that no file may exceed, or None where the budget is none of bytes.
         bytes: of each target's artifact, measured on a mock-up with the same shapes;

@@ -17,6 +17,7 @@ from dkm_export.planning.candidates import Candidate, Setting
 from dkm_export.planning.sensitivity import (
     Calibration,
     Progress,
+    can_be_measured,
     divergence_of_a_push,
     measured_errors,
     predicted_errors,
@@ -61,6 +62,11 @@ class Sensitivities(Frozen):
     fingerprint: str
     layers: dict[str, LayerErrors]
 
+    @property
+    def origin(self) -> str:
+        """How errors were found, in words."""
+        return _WORDS[self.method]
+
     def error(self, layer: Candidate, setting: Setting | None) -> float:
         """Of a layer at a setting; a dense weight has none."""
         if setting is None:
@@ -72,7 +78,7 @@ class Sensitivities(Frozen):
 def sensitivities(
     calibration: Calibration,
     layers: Sequence[Candidate],
-    method: Method,
+    method: Method | None,
     file: Path | None,
     known: Sensitivities | None,
     progress: Progress,
@@ -82,7 +88,8 @@ def sensitivities(
     Args:
         calibration: what they are measured on.
         layers: the candidates.
-        method: how errors are found.
+        method: how errors are found where none are known; without one, they are measured if that
+            takes a minute or two.
         file: where to keep them.
         known: what `read_sensitivities` read from there.
         progress: told after every step.
@@ -97,6 +104,10 @@ def sensitivities(
             f"{file}: its sensitivities are of another model, task, data or version of this "
             "program: name another file, or remove this one"
         )
+    if known:
+        method = known.method
+    elif method is None:
+        method = "measured" if can_be_measured(calibration, layers) else "gradients"
     entries = dict(known.layers) if known else {}
     wanted = []
     for layer in layers:
@@ -125,7 +136,7 @@ def sensitivities(
     return found
 
 
-def read_sensitivities(file: Path, method: Method) -> Sensitivities | None:
+def read_sensitivities(file: Path, method: Method | None) -> Sensitivities | None:
     """What the file has; None when there is none yet.
 
     Raises:
@@ -141,9 +152,9 @@ def read_sensitivities(file: Path, method: Method) -> Sensitivities | None:
         found = Sensitivities.model_validate_json(content)
     except ValidationError as error:
         raise InvalidInput(f"{file}: {explain(error, Sensitivities)}") from error
-    if found.method != method:
+    if method and found.method != method:
         raise InvalidInput(
-            f"{file}: its errors are {_WORDS[found.method]}, not {_WORDS[method]}: name another "
+            f"{file}: its errors are {found.origin}, not {_WORDS[method]}: name another "
             "file, or remove this one"
         )
     return found

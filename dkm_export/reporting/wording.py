@@ -64,7 +64,8 @@ def accuracy_lines(metrics: Metrics) -> list[str]:
 def front_lines(plan: Plan) -> list[str]:
     """What the numbers of a plan are."""
     return [
-        f"Predicted from {plan.calibration}, for a budget of {plan.budget}; not measured.",
+        f"Errors of layers are {plan.calibration}; of plans they are sums, which nothing measured. "
+        f"The budget was {plan.budget}.",
         "Bytes of palettes and of weights that could have one; a file has more.",
         "No plan of these settings with as many bytes for palettes has an error below "
         f"{plan.bound:.3g}.",
