@@ -1,9 +1,9 @@
-"""How much worse a model gets when one layer becomes a palette.
+"""How much worse a model gets when one layer becomes a palette: measured or predicted.
 
-The divergence from the float model's outputs is at its minimum, so a small change ``d`` of a
-weight increases it by ``d H d / 2``. The curvature is ``H = J h J``, with the derivatives ``J`` of
-the outputs by the weight and the curvature ``h`` of the divergence by the outputs, which is that
-of a few directions: ``H = E[g g]`` for ``g = J w`` and random ``w`` with ``E[w w] = h``. ``d`` is
+The divergence from the float model's outputs is at its minimum, so a small change ``d`` of a weight
+increases it by about ``d H d / 2``. The curvature is ``H = J h J``, with the derivatives ``J`` of
+the outputs by the weight and the curvature ``h`` of the divergence by the outputs, which is that of
+a few directions: ``H = E[g g]`` for ``g = J w`` and random ``w`` with ``E[w w] = h``. ``d`` is
 exact: the layer is clustered. Two estimates of ``H`` are taken and the larger one counts: with the
 sampled gradients as they are, which knows how errors of weights add up, but from few samples; and
 with their mean squares alone, the diagonal.
