@@ -27,6 +27,7 @@ from dkm_export.spec import CompressionSpec, LayerRule
 from dkm_exporters.coreml import CoreMLExporter, CoreMLOptions
 from dkm_runtimes.coreml import CoreMLRuntime
 from dkm_runtimes.coreml_reference import CoreMLReferenceRuntime
+from tests.closeness import relative_l2
 from tests.zoo import IMAGE, TOKENS, lively, palettize
 
 pytest.importorskip("coremltools")
@@ -82,11 +83,6 @@ def assert_same_palettes(model: PalettizedModel, artifact: Path) -> None:
     assert palettes.keys() == model.palettes.keys()
     differences = {name: p.difference(palettes[name]) for name, p in model.palettes.items()}
     assert not any(differences.values()), differences
-
-
-def relative_l2(actual: np.ndarray[Any, Any], expected: Tensor) -> float:
-    reference = expected.double().numpy()
-    return float(np.linalg.norm(actual - reference) / np.linalg.norm(reference))
 
 
 def assert_same_outputs(

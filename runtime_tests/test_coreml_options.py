@@ -8,10 +8,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dkm_export.checking.check import check
 from dkm_export.checkpoint import save_checkpoint
@@ -22,6 +21,7 @@ from dkm_export.spec import LayerRule
 from dkm_exporters.coreml import CoreMLExporter, CoreMLOptions
 from dkm_exporters.mlprogram.package import Package
 from dkm_runtimes.coreml_reference import CoreMLReferenceRuntime
+from tests.closeness import relative_l2
 from tests.kinds import KINDS, palettize_kinds
 from tests.networks import FAMILIES, palettized
 from tests.zoo import IMAGE, TOKENS, palettize
@@ -43,11 +43,6 @@ def matrix() -> Iterator[tuple[str, str, LayerRule]]:
         yield "iOS26", "float", LayerRule(bits=bits, dim=dim, groups=groups)
     for target, bits, dim in product(("iOS18", "iOS26"), (1, 2, 3, 4, 6), (1, 4)):
         yield target, "int8", LayerRule(bits=bits, dim=dim, lut="int8")
-
-
-def relative_l2(actual: Any, expected: Tensor) -> float:
-    reference = expected.double().numpy()
-    return float(np.linalg.norm(actual - reference) / np.linalg.norm(reference))
 
 
 def lower(model: PalettizedModel, module: nn.Module, folder: Path, **options: Any) -> Path:

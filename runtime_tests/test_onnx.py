@@ -25,6 +25,7 @@ from dkm_export.palettized import InputSpec, ModelSource, PalettizedModel
 from dkm_export.spec import CompressionSpec, LayerRule
 from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 from dkm_runtimes.onnxruntime import OnnxRuntime
+from tests.closeness import relative_l2
 from tests.zoo import IMAGE, TOKENS, lively, palettize
 
 REPOSITORY = Path(__file__).parents[1]
@@ -49,11 +50,6 @@ def lower(model: PalettizedModel, folder: Path) -> Path:
 
 def read(artifact: Path) -> dict[str, Palette]:
     return OnnxExporter().read_palettes(artifact)
-
-
-def relative_l2(output: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:
-    exact = reference.astype(np.float64)
-    return float(np.linalg.norm(output - exact) / np.linalg.norm(exact))
 
 
 def run_unoptimized(artifact: bytes, inputs: Mapping[str, Any]) -> list[npt.NDArray[Any]]:
@@ -227,7 +223,7 @@ def test_names_that_collide(tmp_path: Path) -> None:
     for output, reference in zip(
         OnnxRuntime().load(artifact).run({"relu": x.numpy()}), module(x), strict=True
     ):
-        assert relative_l2(output, reference.detach().numpy()) <= 1e-5
+        assert relative_l2(output, reference) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from dkm_export.plugins import RUNTIMES, discover
 from dkm_export.spec import CompressionSpec, LayerRule
 from dkm_exporters.onnx import OnnxExporter, OnnxOptions
 from dkm_runtimes.onnxruntime import OnnxRuntime, PackedOnnxRuntime
+from tests.closeness import relative_l2
 from tests.networks import FAMILIES, palettized
 from tests.zoo import IMAGE, TOKENS, lively, palettize
 
@@ -43,11 +44,6 @@ def lower(model: PalettizedModel, folder: Path, **options: Any) -> Path:
     exporter, chosen = OnnxExporter(), OnnxOptions.model_validate(options)
     exporter.requires(model, chosen)
     return exporter.lower(model, model.build(), folder, chosen)
-
-
-def relative_l2(output: Any, reference: Tensor) -> float:
-    exact = reference.double().numpy()
-    return float(np.linalg.norm(output - exact) / np.linalg.norm(exact))
 
 
 def families() -> Iterator[Any]:
