@@ -293,7 +293,7 @@ def problems_of(seeds: Sequence[Sequence[Row]]) -> list[str]:
 
 def glyphs_section() -> tuple[str, list[str]]:
     """62 characters."""
-    subject = Subject(glyphs, seeds=6, examples=512, draws=5)
+    subject = Subject(glyphs, seeds=4, examples=512, draws=5)
     recipe = load_recipe(find_recipe("glyphs"))
     facts = (
         f"Glyphs, top-1 in percent over {subject.draws} draws of the test images; "

@@ -141,10 +141,12 @@ class Exporter(ABC, Generic[Options]):
         """
         return files_below(artifact)
 
-    def overhead(self, name: str, layout: Layout, bits: int, options: Options) -> Overhead:
+    def overhead(self, name: str, layout: Layout, bits: int | None, options: Options) -> Overhead:
         """What such a palette of a parameter takes beside its LUTs and indices, about.
 
-        For plans: only how settings differ counts. Where they hardly do, that is nothing.
+        With None for ``bits``: what a dense weight takes beside its float32 numbers, which is less
+        than nothing where they are stored as float16. For plans: only how choices differ counts.
+        Where they hardly do, that is nothing.
         """
         return Overhead()
 

@@ -75,10 +75,11 @@ DEFAULT_SETTINGS = (
 """What layers choose from unless told otherwise."""
 
 _FINE_SETTINGS = (
-    *(Setting(bits, 1, groups) for bits in (2, 3, 4, 6, 8) for groups in (2, 4, 16)),
-    *(Setting(bits, 2, groups) for bits in (2, 3, 4, 5, 6) for groups in (2, 3, 4)),
-    *(Setting(bits, 4, groups) for bits in (3, 4, 5, 6) for groups in (2, 3, 4)),
-    *(Setting(bits, 1, 8) for bits in (1, 4)),
+    *(Setting(bits, 1, groups) for bits in (2, 3, 4, 5, 6, 7, 8) for groups in (2, 4, 16)),
+    *(Setting(bits, 2, groups) for bits in (2, 3, 4, 5, 6) for groups in (2, 3, 4, 8)),
+    *(Setting(bits, 4, groups) for bits in (3, 4, 5, 6) for groups in (2, 3, 4, 8)),
+    *(Setting(bits, 1, 8) for bits in (1, 4, 5, 6)),
+    Setting(7),
     *(Setting(bits, 2) for bits in (5, 7)),
     *(Setting(bits, 4) for bits in (3, 7)),
     *(Setting(bits, 8) for bits in (4, 5, 7)),
@@ -129,11 +130,10 @@ class Candidate:
 
     def overhead(self, setting: Setting | None, targets: Targets) -> Overhead:
         """What decoding takes, of the targets together."""
-        if setting is None:
-            return Overhead()
-        layout = self.layout(setting)
+        layout = self.layout(setting or Setting(1))
+        bits = setting.bits if setting else None
         found = [
-            (exporter.target, exporter.overhead(self.name, layout, setting.bits, options))
+            (exporter.target, exporter.overhead(self.name, layout, bits, options))
             for exporter, options in targets
         ]
         shared = {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dkm_export.planning.allocation import Allocation, Knapsack, Options, front
 from dkm_export.planning.candidates import Candidate, Targets
@@ -22,6 +25,9 @@ _STEPS = 64
 
 _MOST_LESS = 8
 """The part of the room that a plan may leave unused, so that it fits otherwise."""
+
+_MOST_EXCHANGES = 16
+"""Of two layers that are tried, whether they fit all files."""
 
 Fits = Callable[[Sequence[int]], bool]
 
@@ -62,7 +68,8 @@ class Costs:
             fits: whether a choice for every layer may be taken.
 
         What decoders share counts once. For the largest such things both is tried, with and
-        without them; the others first count for every layer, and what that leaves over is spent.
+        without them; the others first count for every layer. What that leaves over is spent, two
+        layers at a time.
         """
         best: Allocation | None = None
         for part in self._parts():
@@ -80,7 +87,7 @@ class Costs:
                 if chosen.cost <= room and fits(chosen.choices):
                     best = chosen
                     break
-        return best and self._filled(best, room, fits)
+        return best and self._improved(best, room, fits)
 
     def smallest(self) -> Allocation:
         """The choice of the fewest bytes, about: small shared things count for every layer."""
@@ -97,31 +104,43 @@ class Costs:
         """Error that no choice is below."""
         return sum(min(x.errors) for x in self.options)
 
-    def _filled(self, chosen: Allocation, room: int, fits: Fits) -> Allocation:
-        """Better choices for single layers while they fit, those first that spare most error."""
-        choices, cost = list(chosen.choices), chosen.cost
-        while True:
-            users = Counter(key for x, i in zip(self.needs, choices, strict=True) for key in x[i])
-            steps = [
-                (x.errors[i] - x.errors[choice], self._more(users, layer, choice, i), layer, i)
-                for layer, (x, choice) in enumerate(zip(self.options, choices, strict=True))
-                for i in range(len(x.costs))
-                if x.errors[i] < x.errors[choice]
-            ]
-            for _, more, layer, option in sorted(step for step in steps if cost + step[1] <= room):
-                better = [*choices[:layer], option, *choices[layer + 1 :]]
-                if fits(better):
-                    choices, cost = better, cost + more
-                    break
-            else:
-                return self.allocation(choices)
+    def _improved(self, chosen: Allocation, room: int, fits: Fits) -> Allocation:
+        """Better choices for two layers at a time while there are any that fit."""
+        choices, before = chosen.choices, None
+        while choices != before:
+            before = choices
+            for one, other in combinations(range(len(choices)), 2):
+                exchanges = self._exchanges(choices, one, other, room)
+                choices = next(filter(fits, exchanges), choices)
+        return self.allocation(choices)
 
-    def _more(self, users: Counter[str], layer: int, old: int, new: int) -> int:
-        """Bytes that another choice of a layer takes more; ``users`` counts who needs what."""
-        needs, costs = self.needs[layer], self.options[layer].costs
-        added = sum(self.shared[key] for key in needs[new] - needs[old] if not users[key])
-        spared = sum(self.shared[key] for key in needs[old] - needs[new] if users[key] == 1)
-        return costs[new] - costs[old] + added - spared
+    def _exchanges(
+        self, choices: tuple[int, ...], one: int, other: int, room: int
+    ) -> Iterator[tuple[int, ...]]:
+        """Choices of less error within ``room`` that differ in these layers, the least first."""
+        x, y = self.options[one], self.options[other]
+        errors = np.add.outer(x.errors, y.errors)
+        rest = [layer for layer in range(len(choices)) if layer not in (one, other)]
+        fixed = sum(self.options[layer].costs[choices[layer]] for layer in rest)
+        unused = ~np.any([self._needed[layer][choices[layer]] for layer in rest], axis=0)
+        # all that is shared, but what neither the rest needs nor one of the two
+        sizes = np.array(list(self.shared.values()), np.int64)
+        spared = (~self._needed[one] * sizes * unused) @ (~self._needed[other]).T
+        costs = fixed + np.add.outer(x.costs, y.costs) + sizes.sum() - spared
+        better = np.argwhere((costs <= room) & (errors < errors[choices[one], choices[other]]))
+        order = np.argsort(errors[tuple(better.T)], kind="stable")
+        for i, j in better[order[:_MOST_EXCHANGES]].tolist():
+            found = list(choices)
+            found[one], found[other] = i, j
+            yield tuple(found)
+
+    @cached_property
+    def _needed(self) -> list[NDArray[np.bool_]]:
+        """By layer, ``[choices, shared]``: whether a choice needs what is shared."""
+        return [
+            np.array([[key in need for key in self.shared] for need in needs], bool)
+            for needs in self.needs
+        ]
 
     def allocation(self, choices: Sequence[int]) -> Allocation:
         """With its bytes, and its error."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dkm_export.exporting import Description, Exporter
+from dkm_export.exporting import Description, Exporter, Overhead
 from dkm_exporters.coreml.options import FULL
 from dkm_exporters.coreml.options import CoreMLOptions as CoreMLOptions
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from dkm_export.palette import Palette
+    from dkm_export.palette import Layout, Palette
     from dkm_export.palettized import PalettizedModel
+
+_OPERATION = 1000
+"""Bytes: 200 without a batch norm, up to 2000 with one."""
 
 
 class CoreMLExporter(Exporter[CoreMLOptions]):
@@ -75,6 +78,14 @@ class CoreMLExporter(Exporter[CoreMLOptions]):
         operations = convert(model, module, path, options)
         finish(path, model, operations, options)
         return path
+
+    def overhead(
+        self, name: str, layout: Layout, bits: int | None, options: CoreMLOptions
+    ) -> Overhead:
+        """The operation, and about half of a batch norm, which a dense weight takes in."""
+        if bits is None:
+            return Overhead(-2 * layout.size if options.precision == "fp16" else 0)
+        return Overhead(_OPERATION)
 
     def read_palettes(self, artifact: Path) -> dict[str, Palette]:
         """Decode the package's ``constexpr_lut_to_dense`` operations with our own reader.

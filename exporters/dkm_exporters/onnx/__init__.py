@@ -94,10 +94,14 @@ class OnnxExporter(Exporter[OnnxOptions]):
 
         return read_contents(artifact)
 
-    def overhead(self, name: str, layout: Layout, bits: int, options: OnnxOptions) -> Overhead:
+    def overhead(
+        self, name: str, layout: Layout, bits: int | None, options: OnnxOptions
+    ) -> Overhead:
         """Operators that decode such a palette, and what decoders share."""
         from dkm_exporters.onnx.overhead import decoder_overhead
 
+        if bits is None:
+            return Overhead(-2 * layout.size if options.side_data == "fp16" else 0)
         return decoder_overhead(name, layout, bits, functions=options.functions)
 
     def notes(self, artifact: Path) -> list[str]:

@@ -60,10 +60,14 @@ class OrtExporter(OnnxExporter):
 
         return describe(self._read(artifact), [artifact])
 
-    def overhead(self, name: str, layout: Layout, bits: int, options: OnnxOptions) -> Overhead:
+    def overhead(
+        self, name: str, layout: Layout, bits: int | None, options: OnnxOptions
+    ) -> Overhead:
         """As in an ``.onnx`` file, without functions, times what the format takes more."""
         inline = options.model_copy(update={"functions": False})
         found = super().overhead(name, layout, bits, inline)
+        if bits is None:
+            return found
         shared = {key: _TIMES * count for key, count in found.shared.items()}
         return Overhead(_TIMES * found.own, shared)
 
