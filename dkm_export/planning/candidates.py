@@ -60,6 +60,12 @@ class Setting:
             )
         return found
 
+    def coarser(self) -> Iterator[Setting]:
+        """The same with fewer groups, each of which is some of these groups together."""
+        for groups in range(1, self.groups):
+            if self.groups % groups == 0:
+                yield replace(self, groups=groups)
+
     def __str__(self) -> str:
         groups = f"/{self.groups}" if self.groups > 1 else ""
         return f"{self.bits}/{self.dim}{groups}"

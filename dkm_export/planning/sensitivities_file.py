@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,6 +28,9 @@ from dkm_export.validation import explain
 
 Method = Literal["gradients", "measured"]
 _WORDS = {"gradients": "predicted from gradients", "measured": "measured"}
+
+_FINER = 0.999
+"""With more groups the centroids can be those of fewer groups: noise must not tell otherwise."""
 
 _LARGEST = 1e30
 NotNegative = Annotated[float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
@@ -128,6 +132,9 @@ def sensitivities(
                     "distillation or their gradients are not finite"
                 )
             errors = {**entries[name].errors, str(setting): error}
+            # sorted: settings with fewer groups came before
+            coarser = (errors.get(str(x), inf) for x in setting.coarser())
+            errors[str(setting)] = min(error, _FINER * min(coarser, default=inf))
             entries[name] = entries[name].model_copy(update={"errors": errors})
     found = Sensitivities(method=method, fingerprint=mark, layers=entries)
     if file and found != known:
