@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import product
+from operator import ne
 
 import numpy as np
 import pytest
@@ -131,3 +132,7 @@ def test_what_is_shared_counts_once(seed: int) -> None:
             assert found.cost <= budget
             assert least <= found.error <= less + 1e-9
             assert found == costs.allocation(found.choices)
+            # no other choices for two layers are better
+            for plan in (plan for plan in plans if plan.cost <= budget):
+                changed = sum(map(ne, plan.choices, found.choices))
+                assert changed > 2 or found.error <= plan.error + 1e-9

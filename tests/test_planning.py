@@ -308,6 +308,15 @@ def test_the_file_of_sensitivities(dkm: Dkm, row: Path, tmp_path: Path) -> None:
     assert kept.pop("stranger")["errors"] == {"any": 1}
     for name, entry in json.loads(content)["layers"].items():
         assert kept[name]["errors"] == pytest.approx(entry["errors"], rel=1e-5)
+    # a finer setting that is found counts as no worse than the coarser one
+    code, _ = edited(
+        lambda data: layer(data)["errors"].update(
+            {"2/1": 1e-9 * layer(data)["errors"].pop("2/1/2")}
+        )
+    )
+    assert code == 0
+    errors = json.loads(file.read_text())["layers"]["layer.weight"]["errors"]
+    assert errors["2/1/2"] == pytest.approx(0.999 * errors["2/1"])
     changes: list[tuple[Callable[[dict[str, Any]], object], str]] = [
         (lambda data: layer(data).update(factor=float("nan")), "layer.weight.factor"),
         (lambda data: layer(data).update(factor=-1), "layer.weight.factor"),

@@ -102,15 +102,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const="measured",
         dest="method",
-        help="palettize each layer alone and measure its errors (default where that takes a minute "
-        "or two)",
+        help="palettize each layer alone and measure its errors (default for small networks)",
     )
     method.add_argument(
         "--no-measure",
         action="store_const",
         const="gradients",
         dest="method",
-        help="predict errors from gradients (default for all other networks)",
+        help="predict errors from gradients (default for large networks)",
     )
     parser.add_argument(
         "--examples",

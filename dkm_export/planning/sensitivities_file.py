@@ -92,8 +92,7 @@ def sensitivities(
     Args:
         calibration: what they are measured on.
         layers: the candidates.
-        method: how errors are found where none are known; without one, they are measured if that
-            takes a minute or two.
+        method: how errors are found where none are known; without one, see `can_be_measured`.
         file: where to keep them.
         known: what `read_sensitivities` read from there.
         progress: told after every step.
