@@ -81,24 +81,33 @@ DEFAULT_SETTINGS = (
 """What layers choose from unless told otherwise."""
 
 _FINE_SETTINGS = (
-    *(Setting(bits, 1, groups) for bits in (2, 3, 4, 5, 6, 7, 8) for groups in (2, 4, 16)),
-    *(Setting(bits, 2, groups) for bits in (2, 3, 4, 5, 6) for groups in (2, 3, 4, 8)),
-    *(Setting(bits, 4, groups) for bits in (3, 4, 5, 6) for groups in (2, 3, 4, 8)),
-    *(Setting(bits, 1, 8) for bits in (1, 4, 5, 6)),
-    Setting(7),
+    *(Setting(bits, 1, groups) for bits in (2, 3, 4, 6, 8) for groups in (2, 4, 16)),
+    *(Setting(bits, 2, groups) for bits in (2, 3, 4, 5, 6) for groups in (2, 3, 4)),
+    *(Setting(bits, 4, groups) for bits in (3, 4, 5, 6) for groups in (2, 3, 4)),
+    *(Setting(bits, 1, 8) for bits in (1, 4)),
     *(Setting(bits, 2) for bits in (5, 7)),
     *(Setting(bits, 4) for bits in (3, 7)),
     *(Setting(bits, 8) for bits in (4, 5, 7)),
 )
+"""What small layers choose from too."""
+
+_FINEST_SETTINGS = (
+    Setting(7),
+    *(Setting(bits, 1, groups) for bits in (5, 7) for groups in (2, 4, 16)),
+    *(Setting(bits, 1, 8) for bits in (5, 6)),
+    *(Setting(bits, 2, 8) for bits in (2, 3, 4, 5, 6)),
+    *(Setting(bits, 4, 8) for bits in (3, 4, 5, 6)),
+)
+"""And layers of small models, with LUTs for each one, two or four rows: see `_by_rows`."""
+
 _ROW_BITS = (1, 2, 3, 4)
 _ROWS = (1, 2, 4)
-"""So many rows of a weight share a LUT, with so many bits, in models where that takes no time."""
 
-_FINE_BELOW = 1 << 17
-"""What layers of fewer weights choose from too, whose clustering takes no time."""
+_SMALL_LAYER = 1 << 17
+"""Weights; fewer of them take no time to cluster."""
 
-_FINE_MODEL = 1 << 20
-"""And all layers of models with fewer weights: where layers are few, steps have to be small."""
+_SMALL_MODEL = 1 << 20
+"""Weights of all layers: where layers are few, steps between settings have to be small."""
 
 Pins = Sequence[tuple[str, Setting | None]]
 """Patterns over parameter names with the setting of the layers they match; None is dense."""
@@ -197,10 +206,10 @@ def candidates(
         pinned = _pinned(names, pins)
         size = layer.layout.size
         free: tuple[Setting | None, ...] = tuple(settings or DEFAULT_SETTINGS)
-        if not settings and (size < _FINE_BELOW or whole < _FINE_MODEL):
+        if not settings and (size < _SMALL_LAYER or whole < _SMALL_MODEL):
             free = (*free, *_FINE_SETTINGS)
-        if not settings and whole < _FINE_MODEL:
-            free = (*free, *_by_rows(layer.layout.shape[0]))
+        if not settings and whole < _SMALL_MODEL:
+            free = (*free, *_FINEST_SETTINGS, *_by_rows(layer.layout.shape[0]))
         if size < _DENSE_BELOW:
             free = (*free, None)
         offered = pinned or tuple(dict.fromkeys(free))
