@@ -70,6 +70,24 @@ def test_predictions_of_a_linear_model_are_its_errors() -> None:
     assert 0.9 < mean < 1.25
 
 
+def test_errors_of_vectors_are_means_of_clusterings() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs: list[tuple[Tensor, ...]] = [(torch.randn(64, 48, generator=generator),)]
+    calibration = calibration_of(nn.Linear(48, 256, bias=False).eval(), inputs)
+    spec = CompressionSpec(rules=(LayerRule(bits=4),), small_layer_size=0)
+    (layer,) = candidates(calibration.model, spec, (Setting(4, 1), Setting(4, 4)), (), ())
+    settings = [Setting(4, 1), Setting(4, 4)]
+    references = calibration.outputs()
+    errors: dict[Setting, list[float]] = {setting: [] for setting in settings}
+    for seed in range(3):
+        for setting, weight in replace(calibration, seed=seed).palettized(layer, settings):
+            errors[setting].append(calibration.measure({layer.name: weight}, references))
+    measured = measured_errors(calibration, [(layer, settings)], ignore)
+    assert measured[layer.name, Setting(4, 1)] == pytest.approx(errors[Setting(4, 1)][0])
+    assert measured[layer.name, Setting(4, 4)] == pytest.approx(np.mean(errors[Setting(4, 4)]))
+    assert len(set(errors[Setting(4, 4)])) == 3
+
+
 @pytest.mark.parametrize(("batches", "few"), [(1, True), (64, False)])
 def test_few_operations_are_measured(batches: int, few: bool) -> None:
     inputs: list[tuple[Tensor, ...]] = [(torch.zeros(4096, 1024),)] * batches
