@@ -144,7 +144,7 @@ class Candidate:
         return Layout(self.shape, setting.dim, self.rule.axis, setting.groups)
 
     def overhead(self, setting: Setting | None, targets: Targets) -> Overhead:
-        """What decoding takes, of the targets together."""
+        """What decoding or a dense weight takes besides, of the targets together."""
         layout = self.layout(setting or Setting(1))
         bits = setting.bits if setting else None
         found = [
