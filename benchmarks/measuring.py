@@ -226,8 +226,10 @@ def section(text: str, marker: str) -> str:
 
 
 def write_report(path: Path, introduction: str, marker: str, content: str) -> None:
-    """Write ``content`` into its section of a report; the other sections stay as they are."""
-    text = path.read_text() if path.exists() else introduction
+    """Write the introduction and one section of a report; the other sections stay as they are."""
+    before = path.read_text() if path.exists() else ""
+    _, start, sections = before.partition("<!-- ")
+    text = f"{introduction}\n{start}{sections}" if start else introduction
     if f"<!-- {marker} -->" not in text:
         text += f"\n<!-- {marker} -->\n<!-- end -->\n"
     path.write_text(replace_section(text, marker, content))
