@@ -24,6 +24,7 @@ from time import perf_counter
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from benchmarks.measuring import PeakMemory, machine, table, write_report
 from benchmarks.minilm import TEST_PACKAGES, TRAIN_PACKAGES, recipe_of, sentences
@@ -96,11 +97,13 @@ class Row:
         sizes: by target, bytes of the plan's artifact and of the uniform recipe's, which was the
             budget; of other targets than ONNX with one seed.
         metrics: uniform and plan without training, uniform and plan after it.
+        float32: the metric of the float model.
     """
 
     setting: str
     sizes: dict[str, tuple[int, int]]
     metrics: tuple[float, float, float, float]
+    float32: float
 
 
 def silent(*status: object) -> None:
@@ -141,9 +144,8 @@ def drawn(recipe: Recipe, draws: int) -> list[Batch]:
     return [batch for seed in range(draws) for batch in batches_of(task, "test", 256, seed)]
 
 
-def metric(model: PalettizedModel, recipe: Recipe, batches: Sequence[Batch]) -> float:
+def metric(module: nn.Module, recipe: Recipe, batches: Sequence[Batch]) -> float:
     """The task's, over these."""
-    module = model.build()
     with torch.no_grad():
         outputs = [output_of(module, inputs) for inputs, _ in batches]
     targets = [target for _, target in batches]
@@ -186,6 +188,7 @@ def compare(subject: Subject, seed: int) -> list[Row]:
         recipe = subject.make(folder, seed)
         model, _, _ = float_model(recipe, silent)
         batches = drawn(recipe, subject.draws)
+        float32 = metric(model, recipe, batches)
 
         def planned_for(target: str, spec: CompressionSpec) -> tuple[int, CompressionSpec]:
             """The bytes of a uniform recipe's artifact, and a plan of that size."""
@@ -213,8 +216,8 @@ def compare(subject: Subject, seed: int) -> list[Row]:
                     continue
                 without = compressed(recipe, planned, trained=False)
                 sizes[target] = exported_bytes(without, target), budget
-            values = tuple(metric(model, recipe, batches) for model in models)
-            row = Row(f"{bits}/{dim}", sizes, values)  # type: ignore[arg-type]
+            values = tuple(metric(model.build(), recipe, batches) for model in models)
+            row = Row(f"{bits}/{dim}", sizes, values, float32)  # type: ignore[arg-type]
             rows.append(row)
             minutes = (perf_counter() - started) / 60
             print(f"{minutes:.1f} min: seed {seed}: {row}", file=sys.stderr, flush=True)
@@ -228,7 +231,9 @@ def accuracy(subject: Subject, facts: str) -> tuple[str, list[str]]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         seeds = list(pool.map(compare, [subject] * subject.seeds, range(subject.seeds)))
-    content = f"{facts} {subject.seeds} seeds.\n\n{comparison(seeds)}\n\n{used(seeds)}"
+    float32 = mean(rows[0].float32 for rows in seeds)
+    facts += f" {subject.seeds} seeds; the float models reach {float32:.2f}."
+    content = f"{facts}\n\n{comparison(seeds)}\n\n{used(seeds)}"
     return content, problems_of(seeds)
 
 
