@@ -1,10 +1,10 @@
 """Plans beside uniform recipes of the same size: ``python benchmarks/planning.py PART``.
 
 PART is ``glyphs`` or ``minilm`` (accuracy after training and without), ``sizes`` (predicted bytes
-of all targets beside those of the files) or ``speed`` (ResNet-50). Each writes its section of
+of three targets beside those of the files) or ``speed`` (ResNet-50). Each writes its section of
 benchmarks/planning.md and exits with 1 when a plan is worse than the uniform recipe by more than
 the seeds differ, too large or too small, wrongly predicted or too slow. On two cores they take
-four hours.
+about three hours.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         raise InvalidInput("the budget has to be more than 0")
     if options.examples < 1:
         raise InvalidInput(f"--examples {options.examples}: at least 1")
-    question, overrides = _question(options, terminal)
+    question, overrides, settings = _question(options, terminal)
     file = find_recipe(options.recipe)
     content = read_recipe(file, overrides)
     recipe = as_recipe(content, file)
@@ -155,13 +155,15 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         plan, spec = make_plan(recipe, budget, question, progress)
     if output:
         with staged(output, force=options.force, sources=sources) as new:
-            new.write_text(planned_recipe(content, spec, plan))
+            new.write_text(planned_recipe(content, spec, plan, settings))
     _show(plan, output, terminal)
     return ExitCode.OK
 
 
-def _question(options: argparse.Namespace, terminal: Terminal) -> tuple[Question, list[str]]:
-    """What is asked for, and the overrides of the recipe."""
+def _question(
+    options: argparse.Namespace, terminal: Terminal
+) -> tuple[Question, list[str], list[str]]:
+    """What is asked for, the overrides of the recipe, and the settings of targets."""
     from dkm_export.exporting.export import choose_targets
     from dkm_export.planning.candidates import Setting
     from dkm_export.planning.planner import Question
@@ -171,10 +173,12 @@ def _question(options: argparse.Namespace, terminal: Terminal) -> tuple[Question
     targets = names_of(EXPORTERS)
     of_targets: dict[str, dict[str, object]] = {}
     overrides = [] if options.seed is None else [f"seed={options.seed}"]
+    exporting = []
     for text in options.set:
         path, value = parse_setting(text)
         if path[0] in targets and len(path) == 2:
             of_targets.setdefault(path[0], {})[path[1]] = value
+            exporting.append(text)
         else:
             overrides.append(text)
     pins = [_pin(text) for text in options.pin]
@@ -191,7 +195,7 @@ def _question(options: argparse.Namespace, terminal: Terminal) -> tuple[Question
         options.sensitivities,
         terminal.verbose,
     )
-    return question, overrides
+    return question, overrides, exporting
 
 
 def _pin(text: str) -> tuple[str, Setting | None]:

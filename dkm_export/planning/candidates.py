@@ -14,7 +14,7 @@ from torch import nn
 
 from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.exporting import Exporter, Overhead
-from dkm_export.layers import plan
+from dkm_export.layers import LayerPlan, plan
 from dkm_export.palette import (
     MAX_BITS,
     MAX_DIM,
@@ -145,7 +145,8 @@ class Candidate:
 
     def overhead(self, setting: Setting | None, targets: Targets) -> Overhead:
         """What decoding or a dense weight takes besides, of the targets together."""
-        layout = self.layout(setting or Setting(1))
+        # a dense weight may be too small for the rule's axis
+        layout = self.layout(setting) if setting else Layout(self.shape)
         bits = setting.bits if setting else None
         found = [
             (exporter.target, exporter.overhead(self.name, layout, bits, options))
@@ -190,21 +191,20 @@ def candidates(
             layer may have a palette.
         Unsupported: when a target holds no setting of a layer, or not its pin.
     """
-    layers = plan(model, spec)
     small = spec.model_copy(update={"small_layer_size": 0})
     # also of weights that the recipe's own bits would leave dense
-    tied: dict[int, list[str]] = {}
-    for layer in layers:
-        tied.setdefault(id(model.get_parameter(layer.name)), []).append(layer.name)
-    whole = sum(layer.layout.size for layer in layers)
+    tied: dict[int, list[LayerPlan]] = {}
+    for layer in plan(model, spec):
+        tied.setdefault(id(model.get_parameter(layer.name)), []).append(layer)
+    whole = sum(layer.layout.size for layer, *_ in tied.values())
     found = []
-    for layer in layers:
-        rule = small.rule_for(layer.name, layer.kind, layer.layout.size)
-        names = tuple(tied[id(model.get_parameter(layer.name))])
-        if rule is None or layer.name != names[0]:
+    for layers in tied.values():
+        layer, size = layers[0], layers[0].layout.size
+        names = tuple(each.name for each in layers)
+        rule = small.rule_for(layer.name, layer.kind, size)
+        if rule is None:
             continue
         pinned = _pinned(names, pins)
-        size = layer.layout.size
         free: tuple[Setting | None, ...] = tuple(settings or DEFAULT_SETTINGS)
         if not settings and (size < _SMALL_LAYER or whole < _SMALL_MODEL):
             free = (*free, *_FINE_SETTINGS)

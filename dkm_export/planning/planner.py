@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dkm_export.compress import prepare
 from dkm_export.errors import InvalidInput
+from dkm_export.palette import Layout, palette_size
 from dkm_export.palettized import ModelSource
 from dkm_export.planning.allocation import Allocation, Options, front, lower_bound
 from dkm_export.planning.candidates import (
@@ -52,6 +53,8 @@ _BATCHES = 8
 
 _MOST_POINTS = 100
 """Of the front that a plan tells."""
+
+_NO_PALETTE = "no layer gets a palette: allow fewer bytes, or exclude less"
 
 _TEMPERATURE = 1.0
 """Of outputs whose divergence is measured, for tasks that have such a thing."""
@@ -123,6 +126,8 @@ def make_plan(
         blank, recipe.compression, question.settings, question.pins, question.targets
     )
     del blank
+    if all(layer.settings == (None,) for layer in layers):
+        raise InvalidInput(_NO_PALETTE)
     model, task, fp32 = float_model(recipe, progress)
     calibration, words = _calibration(recipe, model, task, question.examples)
 
@@ -141,7 +146,7 @@ def make_plan(
         sizes = planner.sizes(chosen)
     spec = planner.spec(chosen)
     if all(rule.skip for rule in spec.rules):
-        raise InvalidInput("no layer gets a palette: allow fewer bytes, or exclude less")
+        raise InvalidInput(_NO_PALETTE)
     return planner.describe(chosen, sizes, budget, f"{found.origin} on {words}"), spec
 
 
@@ -225,7 +230,10 @@ class _Planner:
         return chosen
 
     def with_metric(self, task: Task, fp32: float, max_drop: float) -> Allocation:
-        """The smallest plan of the front whose metric is at most ``max_drop`` below ``fp32``."""
+        """The smallest plan of the front whose metric is at most ``max_drop`` below ``fp32``.
+
+        Found by bisection, as if the metric rose with the bytes.
+        """
         points = self._front
         low, high = 0, len(points) - 1
         rounds = 1 + high.bit_length()
@@ -297,7 +305,7 @@ class _Planner:
         return self._front[::-every][::-1]
 
     def _uniform(self) -> Iterator[Point]:
-        """What a recipe with one rule for all layers would come to."""
+        """What recipes with one rule would come to, whose small layers have bits of their own."""
         spec = self._recipe.compression
         small = Setting(spec.small_layer_bits)
         for setting in dict.fromkeys(x for layer in self._layers for x in layer.settings if x):
@@ -306,11 +314,11 @@ class _Planner:
             choices: list[Setting | None] = []
             for layer in self._layers:
                 is_small = layer.size < spec.small_layer_size
-                own = small if is_small and small in layer.settings else setting
+                own = small if is_small else setting
                 if own in layer.settings:
                     choices.append(own)
-                elif is_small and None in layer.settings:
-                    choices.append(None)
+                elif is_small and palette_size(Layout(layer.shape), small.bits) >= 2 * layer.size:
+                    choices.append(None)  # as `dkm compress` does
             if len(choices) == len(self._layers) and any(choices):
                 pairs = list(zip(self._layers, choices, strict=True))
                 yield Point(

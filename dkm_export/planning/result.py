@@ -61,7 +61,8 @@ class Plan(Frozen):
             is left of the limit counts too.
         layers: in the order of the model.
         front: the best plans by size, ascending.
-        uniform: the same setting for all layers, where every layer can have it.
+        uniform: the same setting for all layers but small ones, which have the recipe's bits for
+            them; where every layer can have it.
     """
 
     schema_version: Literal[1] = 1

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tomli_w
 
 from dkm_export.planning.result import Plan
 from dkm_export.spec import CompressionSpec, LayerRule
+from dkm_export.text import printable
 
 
-def planned_recipe(recipe: Mapping[str, Any], spec: CompressionSpec, plan: Plan) -> str:
+def planned_recipe(
+    recipe: Mapping[str, Any], spec: CompressionSpec, plan: Plan, settings: Sequence[str] = ()
+) -> str:
     """TOML: all of the recipe but its compression, which is the plan's, a line for each layer.
 
     Args:
         recipe: that was planned for, as `read_recipe` gives it.
         spec: the plan's.
         plan: explains the lines.
+        settings: options of targets that its bytes are those of, as ``--set`` takes them.
     """
     data = {key: value for key, value in recipe.items() if key != "compression"}
     sizes = ", ".join(f"{target} {count:,} bytes" for target, count in plan.bytes.items())
     lines = [
         f"# Planned by `dkm plan` for {plan.budget}: {sizes}.",
+        *([f"# To be exported with{''.join(map(_option, settings))}."] if settings else []),
         f"# Sensitivities: {plan.calibration}.",
         tomli_w.dumps(data),
         "[compression]",
@@ -34,6 +40,10 @@ def planned_recipe(recipe: Mapping[str, Any], spec: CompressionSpec, plan: Plan)
         "]",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _option(setting: str) -> str:
+    return f" --set {printable(shlex.quote(setting))}"
 
 
 def _inline(rule: LayerRule) -> str:
