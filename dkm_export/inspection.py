@@ -113,7 +113,9 @@ class Inspection:
             sink, "w", zipfile.ZIP_DEFLATED, compresslevel=_LEVEL, strict_timestamps=False
         ) as archive:
             for file in self.description.files:
-                archive.write(file, file.relative_to(self.file.parent))
+                name = str(file.relative_to(self.file.parent))
+                # a zip file's names are UTF-8, which a file's need not be
+                archive.write(file, name.encode("utf-8", "replace").decode())
         return sink.count
 
 
@@ -133,6 +135,8 @@ def inspect(path: Path, *, verbose: bool = False) -> Inspection:
         reason = exporter.unavailable()
         if reason:
             raise Unsupported(f"{path}: {reason}")
+        # before anything is read, and again when it is known which other files belong to it
+        require_inside(path, exporter.files(path))
         with quiet(enabled=not verbose):
             found = Inspection(path, exporter.describe(path))
     else:

@@ -9,6 +9,7 @@ layers, float32 where there is no palette, counters, and the file's header.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,8 @@ _NORM, _OTHERS = "batch norm", "biases and other small tensors"
 _LARGE, _COUNTERS, _HEADER = "large dense tensors", "counters", "file header"
 _KINDS = (_INDICES, _LUTS, _LAYERS, _NORM, _OTHERS, _LARGE, _COUNTERS)
 
-_STATISTICS = ("running_mean", "running_var")
+_STATISTICS = re.compile(r"[._]running_(mean|var)(_to_fp16)?$")
+"""Of batch norm, as PyTorch and ML programs call them."""
 
 
 class SizeLine(Frozen):
@@ -153,9 +155,8 @@ def account_sizes(
     if file_bytes is not None:
         header = file_bytes - sum(line.stored for line in lines)
         lines.append(SizeLine(kind=_HEADER, paper=0, stored=header))
-    statistics = tuple(f".{name}" for name in _STATISTICS)
     parameters = sum(layout.size for layout, _ in palettes) + sum(
-        x.count for x in dense if x.floating and not x.name.endswith(statistics)
+        x.count for x in dense if x.floating and not _STATISTICS.search(x.name)
     )
     return Account(parameters=parameters, lines=tuple(lines))
 
@@ -171,12 +172,12 @@ def _palette_lines(palettes: Iterable[tuple[Layout, int]]) -> Iterator[SizeLine]
 
 
 def _dense_lines(dense: Sequence[DenseSize]) -> Iterator[SizeLine]:
-    norms = {x.name.rpartition(".")[0] for x in dense if x.name.endswith(_STATISTICS)}
+    norms = {_STATISTICS.sub("", x.name) for x in dense if _STATISTICS.search(x.name)}
     for tensor in dense:
         count, stored = tensor.count, tensor.nbytes
         if not tensor.floating:
             yield SizeLine(kind=_COUNTERS, paper=0, stored=stored)
-        elif tensor.name.rpartition(".")[0] in norms:
+        elif _STATISTICS.search(tensor.name) or tensor.name.rpartition(".")[0] in norms:
             yield SizeLine(kind=_NORM, paper=count, stored=stored)
         elif count < _SMALL:
             yield SizeLine(kind=_OTHERS, paper=count, stored=stored)

@@ -54,7 +54,10 @@ class Table:
 
 def markdown(text: str) -> str:
     """Text on one line that Markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", visible(" ".join(text.split())))
+    # addresses become links without any brackets
+    return re.sub(
+        r"([\\`*_\[\]<>|&~#$]|:(?=//)|(?<=www)\.)", r"\\\1", visible(" ".join(text.split()))
+    )
 
 
 def number(value: float | None, form: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dkm_export.checking.runtime import Runtime
-from dkm_export.errors import Unsupported
+from dkm_export.errors import InvalidInput, Unsupported
 from dkm_export.palettized import PalettizedModel
 from dkm_exporters.executorch import ExecuTorchExporter, ExecuTorchOptions, weights_file
 from dkm_exporters.executorch import expand as command
@@ -260,3 +260,9 @@ def test_python_keeps_an_earlier_output(small: bytes, tmp_path: Path) -> None:
     assert command.main([str(packed), str(output)]) == 0
     assert command.main([str(packed), str(output)]) == 1
     assert command.main([str(packed), str(output), "--force"]) == 0
+
+
+def test_a_device_is_no_weights_file(tmp_path: Path) -> None:
+    (tmp_path / "net.lut").symlink_to("/dev/null")
+    with pytest.raises(InvalidInput, match=r"net\.lut: no such file, or no regular one"):
+        WeightsFile.read(tmp_path / "net.lut")

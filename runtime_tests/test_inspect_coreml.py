@@ -445,3 +445,18 @@ def test_ours_are_compared_with_the_checkpoint_by_layer(precision: Any, tmp_path
         assert palette.difference(found.palettes[layer.name]) is None
         assert layer.value_bytes == palette.packed.nbytes
         assert layer.lut_bytes == palette.lut.nbytes * (1 if precision == "fp16" else 2)
+
+
+def test_an_attribute_counts_for_nothing_where_an_input_has_its_name(
+    convert: Convert, tmp_path: Path
+) -> None:
+    def edit(spec: Any) -> None:
+        for operation in operations(spec):
+            if operation.type == "const":
+                operation.inputs["val"].SetInParent()  # without any arguments
+
+    path = save(convert(), tmp_path)
+    edit_model(path, edit)
+    found = inspect(path)
+    assert not found.layers
+    assert not found.dense

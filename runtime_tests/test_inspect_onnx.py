@@ -139,6 +139,25 @@ def test_no_tensor_is_out_of_the_folder(
         inspect(path)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_name_that_is_no_text_is_refused(sparse: bool, tmp_path: Path) -> None:
+    values = onnx.helper.make_tensor("", TensorProto.FLOAT, (2,), [1, 2])
+    indices = onnx.helper.make_tensor("", TensorProto.INT64, (2,), [0, 1])
+    constant = (
+        {"sparse_value": onnx.helper.make_sparse_tensor(values, indices, [2])}
+        if sparse
+        else {"value": values}
+    )
+    node = onnx.helper.make_node("Constant", [], ["mark"], **constant)
+    graph = onnx.helper.make_graph([node], "net", [], [])
+    path = tmp_path / "net.onnx"
+    path.write_bytes(
+        onnx.helper.make_model(graph).SerializeToString().replace(b"mark", b"\xff" * 4)
+    )
+    with pytest.raises(InvalidInput, match=r"net\.onnx: a name in it is no text"):
+        inspect(path)
+
+
 def test_the_dynamic_quantizer(plain: Path, tmp_path: Path) -> None:
     path = tmp_path / "dynamic.onnx"
     quantize_dynamic(plain, path, weight_type=QuantType.QInt8)

@@ -72,9 +72,9 @@ def run(
 
 
 def edit_model(artifact: Path, edit: Callable[[Any], None]) -> None:
+    """Change the model file of a package in place; ``edit`` gets the ``Model``."""
     from coremltools.proto import Model_pb2
 
-    """Change the model file of a package in place; ``edit`` gets the ``Model``."""
     file = artifact / MODEL
     spec = Model_pb2.Model.FromString(file.read_bytes())
     edit(spec)

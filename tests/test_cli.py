@@ -11,6 +11,7 @@ import dkm_export
 import dkm_models
 from dkm_export.checkpoint import save_checkpoint
 from dkm_export.cli.main import main
+from dkm_export.cli.terminal import Terminal
 from dkm_export.spec import LayerRule
 from tests.zoo import IMAGE, palettize
 
@@ -210,3 +211,10 @@ def test_dry_runs_write_nothing(checkpoint: Path, capsys: pytest.CaptureFixture[
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert {entry["bits"] for entry in layers} == {4, 8}
     assert list(checkpoint.parent.iterdir()) == before
+
+
+def test_a_long_cell_does_not_pad_all_others(capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal().table("", ("name", "size"), [("x" * 10**6, 1), *(("y", 1) for _ in range(9))])
+    out = capsys.readouterr().out
+    assert len(out) < 12 * 220
+    assert f"{'x' * 200}..." in out

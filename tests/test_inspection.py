@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,13 @@ def test_the_download_is_as_large_as_the_zip_of_all_files(
     assert 5000 < found.zipped() < found.bytes
 
 
+def test_a_file_s_name_need_not_be_text(package: tuple[Path, Packages]) -> None:
+    artifact, _ = package
+    before = inspect(artifact).zipped()
+    (artifact / os.fsdecode(b"net\xff")).write_bytes(b"")
+    assert inspect(artifact).zipped() > before
+
+
 def test_a_target_need_not_say_more_than_its_palettes(package: tuple[Path, Packages]) -> None:
     artifact, exporter = package
     found = inspect(artifact)
@@ -125,11 +133,14 @@ def test_more_bytes_than_there_are_is_refused(
         inspect(artifact)
 
 
-def test_a_link_out_of_a_package_is_refused(package: tuple[Path, Packages]) -> None:
-    artifact, _ = package
+def test_a_link_out_of_a_package_is_refused_before_it_is_read(
+    package: tuple[Path, Packages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, exporter = package
     (artifact / "inside").symlink_to(artifact / "graph")
     inspect(artifact)
     (artifact / "outside").symlink_to("/etc/hostname")
+    monkeypatch.setattr(exporter, "describe", lambda artifact: pytest.fail("was read"))
     with pytest.raises(InvalidInput, match="'outside' leads out of its folder"):
         inspect(artifact)
 

@@ -48,6 +48,7 @@ def _fail_structure(artifact: dict[str, Any], path: str | None = None, **file: o
     artifact["findings"][0]["status"] = "fail"
     artifact["path"] = path or artifact["path"]
     artifact["files"][0].update(file)
+    artifact["bytes"] = sum(entry["bytes"] for entry in artifact["files"])
 
 
 def _link_out(inputs: Inputs) -> None:
@@ -179,7 +180,7 @@ def test_a_check_that_found_a_damaged_file_is_of_that_file(inputs: Inputs, tmp_p
     entry = FileEntry.of(out / "onnx" / "a_b.onnx", out).model_dump()
     edit(check, lambda x: _fail_structure(x["artifacts"][1], **entry))
     content = gather(read_sources(out, check=check))
-    assert content.targets[1].checked == "fail"
+    assert (content.targets[1].checked, content.targets[1].bytes) == ("fail", len(b"damaged"))
     assert content.files[-1].state == "changed since the export"
     (out / "onnx" / "a_b.onnx").rename(out / "onnx" / "a_b.data")
     beside = entry | {"path": "onnx/a_b.data"}

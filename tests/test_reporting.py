@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dkm_export import tables
 from dkm_export.checking.report import read_report
 from dkm_export.cli.main import main
 from dkm_export.files import CHECKPOINT, METRICS
 from dkm_export.palette import Layout, Palette
 from dkm_export.references import TaskSource
+from dkm_export.reporting import charts
 from dkm_export.reporting.axes import Axis, counts, labels, signed, size, sizes
 from dkm_export.reporting.content import Content, gather
 from dkm_export.reporting.html import html
@@ -294,6 +296,20 @@ def test_weights_are_counted_by_centroid() -> None:
     assert found.entropy == pytest.approx((1.5 + 0) / 2)
     assert sum(found.bins) == 8
     assert (found.edges[0], found.edges[-1]) == (-1, 4)
+
+
+def test_a_centroid_beyond_all_weights_has_its_tick_in_the_picture() -> None:
+    drawn = charts.bins([-1, 1.5, 4], [3, 5], [-1.5, 0, 7], "weights")
+    ticks = [float(x) for x in re.findall(r'<line x1="([-0-9.]+)"[^>]*class="rug"', str(drawn))]
+    bars = [float(x) for x in re.findall(r'<rect x="([-0-9.]+)"', str(drawn))]
+    assert len(ticks) == 3
+    width = re.search(r'viewBox="0 0 (\d+) ', str(drawn))
+    assert width
+    assert 0 < min(ticks) < min(bars) < max(ticks) < int(width[1])
+
+
+def test_markdown_makes_nothing_of_names() -> None:
+    assert tables.markdown("# $x$ www.a.b https://c:1") == r"\# \$x\$ www\.a.b https\://c:1"
 
 
 def test_weights_of_vectors_leave_padding_out() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from dkm_export import CompressionSpec, InputSpec, LayerRule, ModelSource, finalize, prepare
 from dkm_export.checkpoint import load_checkpoint, save_checkpoint
 from dkm_export.layers import plan
-from dkm_export.sizing import Account, account, predict
+from dkm_export.sizing import Account, DenseSize, account, account_sizes, predict
 from tests.zoo import Tied
 
 SPEC = CompressionSpec(rules=(LayerRule(bits=2, dim=3),))
@@ -83,3 +83,10 @@ def test_a_tied_weight_counts_once() -> None:
     found = account(finalize(model, _source("tied")))
     assert found == planned
     assert _lines(found)["indices"][0] == sum(weights.values()) // 2
+
+
+def test_statistics_are_no_parameters_in_ml_programs_either() -> None:
+    names = ("norm.weight", "norm.running_var", "norm_weight_to_fp16", "norm_running_mean_to_fp16")
+    found = account_sizes([], [DenseSize(name, 64, 128, floating=True) for name in names])
+    assert found.parameters == 2 * 64
+    assert found.paper == 4 * 64

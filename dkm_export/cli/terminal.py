@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _SCHEMA_VERSION = 1
 
+_WIDEST = 200
+"""Characters of a cell."""
+
 
 @dataclass(frozen=True)
 class Terminal:
@@ -109,7 +112,7 @@ class Terminal:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table with numbers to the right, as wide as its content: a log has no width."""
-        content = Table.of(header, [[printable(str(cell)) for cell in row] for row in rows])
+        content = Table.of(header, [[_cell(str(value)) for value in row] for row in rows])
         cells, numeric = content.rows, content.numeric
         widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
 
@@ -133,6 +136,11 @@ class Terminal:
         print(f"dkm: error: {line}", file=sys.stderr)
         if self.json:
             self.result({"error": {"message": line, "exit_code": int(code)}})
+
+
+def _cell(text: str) -> str:
+    """Printable, and not so long that it pads a column of thousands of rows to megabytes."""
+    return printable(text if len(text) <= _WIDEST else f"{text[:_WIDEST]}...")
 
 
 def size(count: int) -> str:

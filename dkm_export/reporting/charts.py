@@ -128,7 +128,8 @@ def bins(
 ) -> Markup:
     """A histogram, and a tick below for every centroid."""
     frame = drawing.Frame.of(_SMALL, 220)
-    x = Axis.around(edges, frame.left, frame.right, margin=0.03)
+    # centroids that no weight has may lie beyond all weights
+    x = Axis.around((*edges, *centroids), frame.left, frame.right, margin=0.03)
     y = Axis(0, 1.05 * max(1, *weights), frame.bottom, frame.top)
     marks = [drawing.zero(x, frame)]
     for (low, high), count in zip(pairwise(edges), weights, strict=True):

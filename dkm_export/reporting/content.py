@@ -230,7 +230,8 @@ def _targets(sources: Sources) -> Iterator[Target]:
         yield Target(
             target=artifact.target,
             path=artifact.path,
-            bytes=artifact.bytes,
+            # a limit is of the files that were checked
+            bytes=found.bytes if found else artifact.bytes,
             limit=round(limit.value) if limit else None,
             checked=status_of(found.findings) if found else None,
         )

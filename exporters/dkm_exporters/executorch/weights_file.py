@@ -83,6 +83,8 @@ class WeightsFile:
         Raises:
             InvalidInput: when it is missing or malformed.
         """
+        if not path.is_file():
+            raise InvalidInput(f"{path}: no such file, or no regular one: export it again")
         try:
             data = path.read_bytes()
         except OSError as error:

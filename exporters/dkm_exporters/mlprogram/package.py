@@ -276,6 +276,7 @@ class Package:
             name: [self._value(value)] for name, value in values.items()
         }
         for name, argument in operation.inputs.items():
+            values.pop(name, None)  # an attribute of the same name
             arguments[name] = [
                 Reference(binding.name)
                 if binding.WhichOneof("binding") == "name"

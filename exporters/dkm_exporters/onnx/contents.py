@@ -11,6 +11,8 @@ from google.protobuf.message import DecodeError
 
 from dkm_export.errors import InvalidInput
 
+_NO_TEXT = "a name in it is no text: export it again"
+
 
 @dataclass(frozen=True, eq=False)
 class Scope:
@@ -124,8 +126,10 @@ def read_contents(path: Path) -> Contents:
         raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from error
     except DecodeError as error:
         raise InvalidInput(f"{path}: not an ONNX file, or cut short") from error
+    except UnicodeDecodeError as error:  # of a name that was given to another message
+        raise InvalidInput(f"{path}: {_NO_TEXT}") from error
     if not all(isinstance(text, str) for text in _texts(contents)):
-        raise InvalidInput(f"{path}: a name in it is no text: export it again")
+        raise InvalidInput(f"{path}: {_NO_TEXT}")
     return contents
 
 
