@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, currently_in_test_context, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,7 +24,11 @@ def _paper(w: Tensor, c: Tensor, tau: float, iterations: int) -> tuple[Tensor, T
     for _ in range(iterations):
         distances = (w[:, None] - c[None]).square().sum(-1)
         a = torch.softmax(-distances / tau, dim=1)
-        c = (a.T @ w) / a.sum(0)[:, None]
+        mass = a.sum(0)
+        # ours leaves a centroid where it is that no weight attends to, as far as float64 knows
+        if currently_in_test_context():
+            assume(mass.min() > 1e-15)
+        c = (a.T @ w) / mass[:, None]
     return a @ c, c
 
 

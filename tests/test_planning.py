@@ -450,10 +450,15 @@ def test_an_interrupted_plan_leaves_nothing(tmp_path: Path, method: str, phase: 
     file = recipe_file(tmp_path, "tests.zoo:convolutions", IMAGE)
     output, kept = tmp_path / "planned.toml", tmp_path / "kept.json"
     before = set(tmp_path.iterdir())
+    # what a shell starts in the background ignores Ctrl-C, and so does what that starts
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from dkm_export.cli.main import main; sys.exit(main())"
+    )
     ask = ["plan", str(file), "--bits-per-weight", "3", method]
     with subprocess.Popen(
         [
-            *(sys.executable, "-u", "-m", "dkm_export", *ask),
+            *(sys.executable, "-u", "-c", program, *ask),
             *("-o", str(output), "--sensitivities", str(kept)),
         ],
         stderr=subprocess.PIPE,

@@ -84,7 +84,7 @@ class WeightsFile:
             InvalidInput: when it is missing or malformed.
         """
         if not path.is_file():
-            raise InvalidInput(f"{path}: no such file, or no regular one: export it again")
+            raise InvalidInput(f"{path}: cannot be read: no such file, or no regular one")
         try:
             data = path.read_bytes()
         except OSError as error:
