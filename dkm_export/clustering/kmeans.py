@@ -10,7 +10,7 @@ from torch import Tensor
 from dkm_export.clustering.optimal import optimal_tables
 
 _TILE = 1 << 18
-"""Most elements of a distance table that exist at once: 1 MiB of float32, half of a core's L2."""
+"""Most elements of a distance table that exist at once: 1 MiB of float32, which L2 holds."""
 
 _SAMPLE = 1 << 16
 """Vectors that k-means begins with where there are more."""
