@@ -116,3 +116,11 @@ def test_nearest_agrees_with_assign(dim: int, dtype: torch.dtype) -> None:
     assert torch.equal(centroids[groups, one][~differing], centroids[groups, other][~differing])
     total = inertia(vectors, centroids)
     assert torch.allclose(total, distances[1].sum(1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [1, 4])
+def test_of_equally_near_centroids_the_first_counts(dim: int) -> None:
+    once = torch.randn(1, 40, dim, generator=torch.Generator().manual_seed(0))
+    vectors = once.repeat(1, 9, 1)
+    found = assign(vectors, once.repeat(1, 3, 1))  # each centroid stands there three times
+    assert found.tolist() == [list(range(40)) * 9]
